@@ -1,0 +1,1 @@
+"""Triton kernels of BatchLLM. Importable alone: imports nothing of `batchllm`."""
