@@ -1,0 +1,342 @@
+"""The job file: YAML in, one immutable `JobSpec` out, or a `JobError` of one sentence.
+
+    model:    {path, dtype, trust_remote_code}
+    input:    {path, format, id, limit}
+    prompt:   {text} | {messages} | {column}, with template_args for the chat template
+    generate: {max_tokens, temperature, ...}          each a value or {column: NAME}
+    output:   {path, keep, part_rows, flush_seconds}
+    engine:   {device, kv_memory, max_step_tokens, order, workers, min_shared_tokens}
+
+A key whose value is null counts as not given. Relative paths start at the job file's own folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from batchllm.core import SamplingParams
+from batchllm.errors import JobError
+from batchllm.job_errors import HIDDEN, complaint, describe, first_error, key_path, unknown_key
+from batchllm.job_paths import input_path, model_path, output_path
+from batchllm.job_values import (
+    Bytes,
+    Count,
+    CountOrAuto,
+    CountOrNone,
+    Flag,
+    KeptColumns,
+    Limit,
+    MinP,
+    OneWorker,
+    Seconds,
+    Seed,
+    StopStrings,
+    StopTokens,
+    Temperature,
+    Text,
+    TopP,
+    parse_bytes,
+)
+from batchllm.job_yaml import Override, apply_overrides, parse_override, parse_yaml
+
+
+class _Section(BaseModel):
+    """A mapping with known keys only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        named = {str(key): value for key, value in data.items()}
+        return {
+            key: value for key, value in named.items() if value is not None or key not in cls.model_fields
+        }
+
+
+class ColumnRef(_Section):
+    """`{column: NAME}`: the value of each row is in that column."""
+
+    column: Annotated[str, Field(strict=True, min_length=1)]
+
+
+def _value_or_column(value: object) -> str:
+    return HIDDEN + ("column" if isinstance(value, Mapping | ColumnRef) else "value")
+
+
+__all__ = [
+    "ColumnRef",
+    "EngineSpec",
+    "GenerateSpec",
+    "InputSpec",
+    "InvalidParam",
+    "JobSpec",
+    "MessageSpec",
+    "ModelSpec",
+    "OutputSpec",
+    "PromptSpec",
+    "check_params",
+    "load_job",
+    "make_job",
+    "parse_bytes",
+]
+
+T = TypeVar("T")
+
+OrColumn = Annotated[
+    Annotated[T, Tag(HIDDEN + "value")] | Annotated[ColumnRef, Tag(HIDDEN + "column")],
+    Discriminator(_value_or_column),
+]
+
+
+class ModelSpec(_Section):
+    path: Text  # a folder (absolute), or the id of a model on the hub
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: Flag = False
+
+
+class InputSpec(_Section):
+    path: Text  # an absolute file, folder or glob, or a URL
+    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    id: Text | None = None
+    limit: Limit | None = None
+
+
+class MessageSpec(_Section):
+    role: Text
+    content: Annotated[str, Field(strict=True)]
+
+
+class PromptSpec(_Section):
+    """Exactly one of `text`, `messages` and `column` is set."""
+
+    text: Text | None = None
+    messages: Annotated[tuple[MessageSpec, ...], Field(min_length=1)] | None = None
+    column: Text | None = None
+    template_args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> PromptSpec:
+        given = [name for name in ("text", "messages", "column") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"must have exactly one of text, messages and column, found {found}")
+        if self.template_args and self.text is not None:
+            raise ValueError("has template_args, which are for messages or column and do nothing for text")
+        return self
+
+
+class GenerateSpec(_Section):
+    """How answers are sampled. `columns` and `params` are how a row set gets its SamplingParams."""
+
+    max_tokens: OrColumn[Count] = 256
+    temperature: OrColumn[Temperature] = 0.0
+    top_p: OrColumn[TopP] = 1.0
+    top_k: OrColumn[CountOrNone] = 0
+    min_p: OrColumn[MinP] = 0.0
+    n: OrColumn[Count] = 1
+    seed: OrColumn[Seed] = 0
+    stop: OrColumn[StopStrings] = ()
+    stop_token_ids: OrColumn[StopTokens] = ()
+    ignore_eos: OrColumn[Flag] = False
+    logprobs: OrColumn[Flag] = False
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Parameter → the column its values are in."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value.column for name, value in values.items() if isinstance(value, ColumnRef)}
+
+    def params(self, row_values: Mapping[str, object]) -> SamplingParams:
+        """The parameters of a row, given a value for every parameter in `columns`. Raises InvalidParam."""
+        values = {name: getattr(self, name) for name in type(self).model_fields} | dict(row_values)
+        return SamplingParams(**_valid_params(values))
+
+
+class InvalidParam(ValueError):
+    """One sampling parameter is out of range: `parameter` names it, `reason` ends the sentence "it ..."."""
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        super().__init__(f"{parameter} {reason}")
+        self.parameter, self.reason = parameter, reason
+
+
+class OutputSpec(_Section):
+    path: Path  # absolute
+    keep: KeptColumns = ()
+    part_rows: Count = 10_000
+    flush_seconds: Seconds = 10.0
+
+
+class EngineSpec(_Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kv_memory: Bytes = "auto"
+    max_step_tokens: CountOrAuto = "auto"
+    order: Literal["auto", "decode_ratio", "tree", "input"] = "auto"
+    workers: OneWorker = 1
+    min_shared_tokens: CountOrAuto = "auto"
+
+
+class JobSpec(_Section):
+    """One job. Paths are absolute; `source` is what error messages call the job file."""
+
+    model: ModelSpec
+    input: InputSpec
+    prompt: PromptSpec
+    generate: GenerateSpec = GenerateSpec()
+    output: OutputSpec
+    engine: EngineSpec = EngineSpec()
+    _source: str = PrivateAttr("job")
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole job as plain YAML-ready values, defaults included; `make_job` gives the same job back."""
+        sections: dict[str, dict[str, Any]] = self.model_dump(mode="json")
+        return {
+            name: {key: value for key, value in section.items() if value is not None}
+            for name, section in sections.items()
+        }
+
+
+def load_job(path: str | Path, overrides: Sequence[str] | Mapping[str, object] = ()) -> JobSpec:
+    """Read and check a job file. `overrides` are `a.b=c` texts, or a mapping from `a.b` to a plain value."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such job file") from None
+    except UnicodeDecodeError:
+        raise JobError(f"{path}: a job file is YAML in UTF-8, and this is not UTF-8 text") from None
+    except OSError as error:
+        raise JobError(f"{path}: the job file cannot be read: {error.strerror}") from None
+    mapping = parse_yaml(text, str(path))
+    if mapping is None:
+        raise JobError(f"{path}: the job file is empty; it needs at least model, input, prompt and output")
+    if not isinstance(mapping, Mapping):
+        raise JobError(f"{path}: a job file must be a mapping, found {describe(mapping)}")
+    return _make(mapping, file.absolute().parent, str(path), _parse_overrides(overrides))
+
+
+def make_job(mapping: Mapping[str, Any], base_dir: str | Path, source: str = "job") -> JobSpec:
+    """A job from plain values. Relative paths start at `base_dir`; errors begin with `source`."""
+    return _make(mapping, Path(base_dir).absolute(), source, [])
+
+
+def check_params(params: SamplingParams) -> SamplingParams:
+    """The same parameters with every value in range and of its type. Raises JobError otherwise."""
+    try:
+        return SamplingParams(**_valid_params(asdict(params)))
+    except InvalidParam as error:
+        raise JobError(f"SamplingParams: {error}") from None
+
+
+def _valid_params(values: Mapping[str, object]) -> dict[str, Any]:
+    try:
+        spec = GenerateSpec.model_validate(dict(values))
+    except ValidationError as failure:
+        error = first_error(failure.errors(include_url=False))
+        raise InvalidParam(key_path(error["loc"]), complaint(error)) from None
+    checked = {name: getattr(spec, name) for name in values}
+    column = next((name for name, value in checked.items() if isinstance(value, ColumnRef)), None)
+    if column is not None:
+        raise InvalidParam(column, "must be a value, found a column")
+    return checked
+
+
+def _parse_overrides(overrides: Sequence[str] | Mapping[str, object]) -> list[Override]:
+    if isinstance(overrides, Mapping):
+        return [(tuple(key.split(".")), value) for key, value in overrides.items()]
+    return [parse_override(override, _TEXT_KEYS) for override in overrides]
+
+
+def _make(mapping: Mapping[Any, Any], base_dir: Path, source: str, overrides: Sequence[Override]) -> JobSpec:
+    where = _error_source(source, overrides)
+    values = apply_overrides(mapping, overrides)
+    for section in ("score", "chunks"):
+        if values.pop(section, None) is not None:
+            raise JobError(f"{where(section)}: this version of BatchLLM has no {section}; remove the section")
+    try:
+        spec = JobSpec.model_validate(values)
+    except ValidationError as failure:
+        error = first_error(failure.errors(include_url=False))
+        raise JobError(f"{where(key_path(error['loc']))}: {_sentence(error['loc'], error)}") from None
+    spec = _with_absolute_paths(spec, base_dir, where)
+    spec._source = source
+    return spec
+
+
+def _with_absolute_paths(spec: JobSpec, base_dir: Path, where: Callable[[str], str]) -> JobSpec:
+    sections = {}
+    for section, resolve in (("model", model_path), ("input", input_path), ("output", output_path)):
+        values = getattr(spec, section)
+        try:
+            sections[section] = values.model_copy(update={"path": resolve(values.path, base_dir)})
+        except ValueError as error:
+            key = f"{section}.path"
+            raise JobError(f"{where(key)}: {key} {error}") from None
+    return spec.model_copy(update=sections)
+
+
+def _error_source(source: str, overrides: Sequence[Override]) -> Callable[[str], str]:
+    """Key path → what to blame: the job file, or the override that set the key."""
+
+    def where(path: str) -> str:
+        for parts, _ in reversed(overrides):
+            key = ".".join(parts)
+            if path == key or path.startswith((f"{key}.", f"{key}[")):
+                return f"--set {key}"
+        return source
+
+    return where
+
+
+def _sentence(location: tuple[int | str, ...], error: Any) -> str:
+    path = key_path(location)
+    if error["type"] == "extra_forbidden":
+        return unknown_key(location, _siblings(location), _SECTIONS)
+    if error["type"] == "missing":
+        return f"{path} is missing"
+    return f"{path} {complaint(error)}"
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    """The valid keys beside the one at this location."""
+    if len(location) == 1:
+        return list(JobSpec.model_fields)
+    if HIDDEN + "column" in location:
+        return list(ColumnRef.model_fields)
+    if len(location) > 2:
+        return list(MessageSpec.model_fields)
+    return _SECTIONS[str(location[0])]
+
+
+def _section_class(name: str) -> type[BaseModel]:
+    section = JobSpec.model_fields[name].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, BaseModel)
+    return section
+
+
+_SECTIONS = {name: list(_section_class(name).model_fields) for name in JobSpec.model_fields}
+_TEXT_KEYS = frozenset(
+    {"model.path", "input.path", "input.id", "prompt.text", "prompt.column", "output.path"}
+)

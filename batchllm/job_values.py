@@ -1,0 +1,86 @@
+"""The kinds of value a job file holds: what is accepted, and the end of the sentence when it is not."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from batchllm.job_errors import describe
+
+_MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
+
+
+def parse_bytes(value: int | str) -> int:
+    """4GiB → 4294967296. GB is 10^9; GiB and G are 2^30. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(value).lower())
+    if isinstance(value, bool) or match is None or match[2] not in _UNITS:
+        raise ValueError(f"must be a size such as 4GiB or a number of bytes, found {describe(value)}")
+    size = int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+    if size < 1:
+        raise ValueError("must be at least 1 byte")
+    return size
+
+
+def _bytes_or_auto(value: object) -> object:
+    if value == "auto":
+        return value
+    if not isinstance(value, int | str):
+        raise ValueError(f"must be a size such as 4GiB, or auto, found {describe(value)}")
+    return parse_bytes(value)
+
+
+def _count_or_auto(value: object) -> object:
+    if value == "auto":
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"must be a whole number or auto, found {describe(value)}")
+    if value < 1:
+        raise ValueError(f"must be at least 1, found {describe(value)}")
+    return value
+
+
+def _only_one_worker(value: object) -> object:
+    if value != 1 or isinstance(value, bool):
+        raise ValueError(f"must be 1, because this version runs one worker, found {describe(value)}")
+    return value
+
+
+def _stop_strings(value: object) -> object:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) for string in strings):
+        raise ValueError(f"must be text or a list of texts, found {describe(value)}")
+    if "" in strings:
+        raise ValueError("must not contain an empty text")
+    return tuple(strings)
+
+
+def _kept_columns(value: object) -> object:
+    if value == "all":
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"must be a list of columns, or all, found {describe(value)}")
+    return tuple(dict.fromkeys(value))
+
+
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1, le=_MAX_INT32)]
+CountOrNone = Annotated[int, Field(strict=True, ge=0, le=_MAX_INT32)]
+Temperature = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+MinP = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=_MAX_INT64)]
+StopStrings = Annotated[tuple[str, ...], BeforeValidator(_stop_strings)]
+StopTokens = tuple[CountOrNone, ...]
+KeptColumns = Annotated[tuple[str, ...] | Literal["all"], BeforeValidator(_kept_columns)]
+Bytes = Annotated[int | Literal["auto"], BeforeValidator(_bytes_or_auto)]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+OneWorker = Annotated[int, BeforeValidator(_only_one_worker)]
+Seconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Limit = Annotated[int, Field(strict=True, ge=0)]
