@@ -1,0 +1,167 @@
+"""`build_plan`: from tokenised prompts to what is computed once, in which order, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.core import IntArray, Plan, PlanStats, PromptTable, RequestTable
+from batchllm.planner.folding import Kept, fold_short_prefixes
+from batchllm.planner.ordering import Execution, OrderName, execution_order
+from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree
+from batchllm.planner.sequences import (
+    Sequences,
+    collapse_requests,
+    distinct_prompts,
+    planned_requests,
+    take_ranges,
+)
+
+ParamsArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """`decode_estimate`: expected output tokens, per request of the RequestTable, or a function of the
+    arrays (params index, max_tokens), one entry per sequence. Default: max_tokens.
+    """
+
+    min_shared_tokens: int = 32  # a shorter shared prefix is no node of its own: it is copied instead
+    order: OrderName = "auto"
+    decode_estimate: NDArray[np.generic] | Callable[[ParamsArray, IntArray], IntArray] | None = None
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Nodes of the plan as they are first listed: shared nodes, then a leaf for each sequence as executed."""
+
+    trie: IntArray  # [nodes] the trie node whose `end` is the node's end
+    above: IntArray  # [nodes] the trie node of the parent, -1: none
+    first: IntArray  # [nodes] execution position of the first sequence at or below
+    leaves: IntArray  # [nodes]
+    is_leaf: NDArray[np.bool_]  # [nodes]
+
+
+def build_plan(
+    prompts: PromptTable, requests: RequestTable, todo: NDArray[np.bool_], options: PlanOptions
+) -> Plan:
+    """Plan the requests with `todo` set whose row has no fault. See `core.Plan` for what the arrays mean.
+
+    Sequences are numbered in execution order. Every edge of the trie of planned prompts is computed exactly
+    once:
+
+        sum(node_end - node_start - node_copied) == distinct_tokens == sum(prompt length - request_shared)
+
+    the last over the planned requests. For the first request of a sequence `request_shared` is what its
+    prompt has in common with the sequence started before it; for the others of that sequence it is the
+    whole prompt.
+    """
+    planned = planned_requests(prompts, requests, todo)
+    distinct = distinct_prompts(prompts, requests.row[planned])
+    tree = build_prefix_tree(distinct.lcp, distinct.length)
+    sequences = collapse_requests(prompts, distinct.of_row, requests, planned)
+    terminal = tree.terminal[sequences.prompt]
+
+    ending = np.bincount(terminal, minlength=tree.num_nodes)
+    below = tree.subtree_sum(ending)
+    kept = fold_short_prefixes(tree, below, ending, options.min_shared_tokens)
+    decode = _expected_decode(prompts, sequences, options)
+    execution = execution_order(tree, terminal, sequences.first_request, decode, options.order)
+    nodes = _list_nodes(tree, kept, execution, terminal, below)
+    return _assemble(prompts, requests, planned, sequences, tree, kept, execution, nodes)
+
+
+def _expected_decode(prompts: PromptTable, sequences: Sequences, options: PlanOptions) -> IntArray:
+    max_tokens = np.array([p.max_tokens for p in prompts.params], dtype=np.int64)[sequences.params]
+    estimate = options.decode_estimate
+    if estimate is None:
+        return max_tokens
+    if callable(estimate):
+        return np.asarray(estimate(sequences.params, max_tokens)).astype(np.int64)
+    return np.asarray(estimate)[sequences.first_request].astype(np.int64)
+
+
+def _list_nodes(
+    tree: PrefixTree, kept: Kept, execution: Execution, terminal: IntArray, below: IntArray
+) -> _Nodes:
+    """In pre-order of the execution order."""
+    shared = np.flatnonzero(kept.kept)
+    leaf = terminal[execution.sequence]
+    parent = tree.parent[shared]
+    trie = np.concatenate((shared, leaf))
+    above = np.concatenate((np.where(parent >= 0, kept.anchor[parent], -1), kept.anchor[leaf]))
+    first = np.concatenate((execution.node_first[shared], np.arange(len(leaf))))
+    leaves = np.concatenate((below[shared], np.ones(len(leaf), dtype=np.int64)))
+    is_leaf = np.arange(len(trie)) >= len(shared)
+    preorder = np.lexsort((tree.end[trie], is_leaf, first))
+    return _Nodes(trie[preorder], above[preorder], first[preorder], leaves[preorder], is_leaf[preorder])
+
+
+def _assemble(
+    prompts: PromptTable,
+    requests: RequestTable,
+    planned: IntArray,
+    sequences: Sequences,
+    tree: PrefixTree,
+    kept: Kept,
+    execution: Execution,
+    nodes: _Nodes,
+) -> Plan:
+    index_of_trie = np.full(tree.num_nodes + 1, -1, dtype=np.int64)  # the last entry answers for "none"
+    shared = np.flatnonzero(~nodes.is_leaf)
+    index_of_trie[nodes.trie[shared]] = shared
+    parent = index_of_trie[nodes.above]
+    start = np.where(nodes.above >= 0, tree.end[nodes.above], 0)
+    end = tree.end[nodes.trie]
+    # The first node of a branch takes over what the sequence before it, in the sibling before it, has in
+    # common.
+    copied = np.maximum(execution.shared[nodes.first] - start, 0)
+    copied[nodes.is_leaf] = np.minimum(copied, end - start)[nodes.is_leaf]
+    sibling = _previous_sibling(parent)
+    copied[sibling < 0] = 0
+
+    count = np.diff(sequences.request_ptr)[execution.sequence]
+    ptr = np.append(0, np.cumsum(count))
+    request = sequences.request[take_ranges(sequences.request_ptr[execution.sequence], count)]
+    first_row = requests.row[request[ptr[:-1]]]
+    prompt_tokens = np.diff(prompts.offsets)[requests.row[request]]
+    request_shared = np.zeros(len(requests), dtype=np.int64)
+    request_shared[request] = prompt_tokens
+    request_shared[request[ptr[:-1]]] = execution.shared
+    stats = PlanStats(
+        requests=len(planned),
+        sequences=len(sequences),
+        shared_nodes=len(shared),
+        depth=kept.depth,
+        prompt_tokens=int(prompt_tokens.sum()),
+        distinct_tokens=tree.distinct_tokens,
+        planned_tokens=int((end - start - copied).sum()),
+    )
+    return Plan(
+        node_parent=parent.astype(np.int32),
+        node_start=start.astype(np.int32),
+        node_end=end.astype(np.int32),
+        node_row=first_row[nodes.first],
+        node_donor=np.where(copied > 0, sibling, -1).astype(np.int32),
+        node_copied=copied.astype(np.int32),
+        node_leaves=nodes.leaves.astype(np.int32),
+        node_sequence=np.where(nodes.is_leaf, nodes.first, -1).astype(np.int32),
+        sequence_node=np.flatnonzero(nodes.is_leaf).astype(np.int32),
+        sequence_params=sequences.params[execution.sequence].astype(np.int32),
+        request_ptr=ptr,
+        request=request,
+        request_shared=request_shared,
+        stats=stats,
+    )
+
+
+def _previous_sibling(parent: IntArray) -> IntArray:
+    """For nodes in pre-order: the nearest node before it with the same parent, -1 for a first child."""
+    by_parent = np.argsort(parent, kind="stable")
+    same = parent[by_parent[1:]] == parent[by_parent[:-1]]
+    sibling = np.full(len(parent), -1, dtype=np.int64)
+    sibling[by_parent[1:][same]] = by_parent[:-1][same]
+    return sibling
