@@ -1,0 +1,146 @@
+"""The loop that runs a plan on one model: schedule → run → absorb."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import Plan, PromptTable, RequestTable, SequenceResult
+from ..planner.lengths import LengthEstimator
+from .attention_cpu import CpuStepAttention
+from .kv_pool import KvPool
+from .model import ModelRunner
+from .running import Running
+from .sampler import choose_tokens, token_logprobs
+from .scheduler import Scheduler
+from .step import Sample, StepBatch
+from .stopping import StopRules
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much memory and how large a step. Results do not depend on these."""
+
+    kv_tokens: int  # capacity of the KV pool
+    max_step_tokens: int = 1024
+    max_running: int = 4096
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What the engine has done so far; read it at any time."""
+
+    steps: int = 0
+    prompt_tokens_computed: int = 0  # prompt tokens that went through the model, recomputed ones included
+    recomputed_tokens: int = 0  # decoded tokens fed again after a sequence had stepped back
+    output_tokens: int = 0
+    preemptions: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_peak: int = 0
+
+
+class Engine:
+    """Runs one plan. `run` yields the sequences that finished in each step, as they finish."""
+
+    def __init__(
+        self,
+        model: ModelRunner,
+        plan: Plan,
+        prompts: PromptTable,
+        requests: RequestTable,
+        stop_rules: StopRules,
+        options: EngineOptions,
+    ):
+        self.model, self.plan, self.stop_rules = model, plan, stop_rules
+        self.stats = EngineStats()
+        self.pool = KvPool(model.layers, options.kv_tokens, model.dtype)
+        self.scheduler = Scheduler(
+            plan,
+            prompts,
+            self.pool,
+            LengthEstimator(len(prompts.params)),
+            options.max_step_tokens,
+            model.max_length,
+            options.max_running,
+        )
+        first_request = plan.request[plan.request_ptr[:-1]]
+        self._keys = requests.key[first_request]  # [sequences, 2]
+        self._kept_logits: dict[int, Tensor] = {}
+
+    def run(self) -> Iterator[list[SequenceResult]]:
+        while batch := self.scheduler.schedule():
+            logits = self._forward(batch)
+            tokens, logprobs = self._sample(batch.samples, logits)
+            finished = self.scheduler.absorb(batch, tokens, logprobs, self._has_ended)
+            self._count(batch)
+            yield [self._result(run) for run in finished] + self._take_failed()
+        failed = self._take_failed()
+        if failed:
+            yield failed
+
+    def _forward(self, batch: StepBatch) -> Tensor:
+        """[L, V] logits of this step, and keeps those that later sequences start from."""
+        if not len(batch.tokens):
+            return torch.empty(0, 0)
+        logits = self.model.forward(batch, CpuStepAttention(self.pool, batch))
+        for node, row in batch.keep_logits:
+            self._kept_logits[node] = logits[row].clone()
+        return logits
+
+    def _sample(self, samples: list[Sample], logits: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """One token for each sample, and its log-probability if any sequence asks for it."""
+        if not samples:
+            return np.zeros(0, dtype=np.int64), None
+        if any(sample.logit_row < 0 for sample in samples):
+            rows = torch.stack([self._logits_of(sample, logits) for sample in samples])
+        else:
+            rows = logits[torch.tensor([sample.logit_row for sample in samples])]
+        running = [self.scheduler.running[sample.sequence] for sample in samples]
+        params = [run.params for run in running]
+        indices = np.array([len(run.output) for run in running], dtype=np.int64)
+        keys = self._keys[[run.sequence for run in running]]
+        tokens = choose_tokens(rows, params, keys, indices)
+        self._forget_logits()
+        wanted = any(chosen.logprobs for chosen in params)
+        return tokens, token_logprobs(rows, tokens) if wanted else None
+
+    def _logits_of(self, sample: Sample, logits: Tensor) -> Tensor:
+        return logits[sample.logit_row] if sample.logit_row >= 0 else self._kept_logits[sample.node]
+
+    def _forget_logits(self) -> None:
+        for node in [node for node in self._kept_logits if not self.scheduler.keeps_logits(node)]:
+            del self._kept_logits[node]
+
+    def _has_ended(self, run: Running) -> bool:
+        return self.stop_rules.finish_reason(run.output, run.limit, run.params) is not None
+
+    def _result(self, run: Running) -> SequenceResult:
+        reason = self.stop_rules.finish_reason(run.output, run.limit, run.params)
+        assert reason is not None
+        return SequenceResult(
+            sequence=run.sequence,
+            tokens=tuple(run.output),
+            text=self.stop_rules.text(run.output, run.params),
+            finish_reason=reason,
+            logprobs=tuple(run.logprobs) if run.params.logprobs else None,
+        )
+
+    def _take_failed(self) -> list[SequenceResult]:
+        failed = [
+            SequenceResult(run.sequence, (), "", "error", error=reason) for run, reason in self.scheduler.failed
+        ]
+        self.scheduler.failed.clear()
+        return failed
+
+    def _count(self, batch: StepBatch) -> None:
+        self.stats.steps += 1
+        self.stats.prompt_tokens_computed += batch.prompt_tokens
+        self.stats.recomputed_tokens += len(batch.tokens) - batch.prompt_tokens - batch.decode_tokens
+        self.stats.output_tokens += len(batch.samples)
+        self.stats.preemptions = self.scheduler.preemptions
+        self.stats.kv_tokens_used = self.pool.used
+        self.stats.kv_tokens_peak = self.pool.peak

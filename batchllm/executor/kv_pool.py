@@ -1,0 +1,142 @@
+"""KV memory under a byte budget: one token-major buffer per layer, handed out as contiguous extents.
+
+Lengths are known ahead, so a node's KV is one contiguous stretch ("extent"), never pages: on a CPU, gathering
+pages costs more than the attention itself. Extents may be moved by `compact`, so an offset is read from the
+extent each time and never kept.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKv:
+    """Shape of one layer's KV for one token."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def row_dim(self) -> int:
+        """Head dim both are stored with. torch's CPU flash kernel wants K and V equally wide, so the
+        narrower one (V, in DeepSeek's MLA) is padded with zeros."""
+        return max(self.key_dim, self.value_dim)
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """`capacity` consecutive token slots, from `offset` on."""
+
+    offset: int
+    capacity: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.capacity
+
+
+def bytes_per_token(layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
+    """KV bytes of one token over all layers."""
+    return sum(2 * layer.heads * layer.row_dim for layer in layers) * dtype.itemsize
+
+
+class KvPool:
+    """`keys[l]` and `values[l]` are `[capacity, heads, row_dim]`; slot `s` holds one token in every layer.
+
+    Memory is committed by the operating system as slots are first written. Every slot is finite at all times
+    (fresh memory is zero), because masked reads still multiply what they mask.
+    """
+
+    def __init__(self, layers: Sequence[LayerKv], capacity: int, dtype: torch.dtype):
+        self.layers = tuple(layers)
+        self.capacity = capacity
+        self.dtype = dtype
+        self.keys = [_lazy_zeros(capacity, layer, dtype) for layer in layers]
+        self.values = [_lazy_zeros(capacity, layer, dtype) for layer in layers]
+        self.used = 0
+        self.peak = 0
+        self._extents: list[Extent] = []  # by offset
+
+    def allocate(self, tokens: int) -> Extent | None:
+        """The first free stretch of `tokens` slots; None when there is none (compact may then make one)."""
+        previous_end = 0
+        for extent in self._extents:
+            if extent.offset - previous_end >= tokens:
+                break
+            previous_end = extent.end
+        if previous_end + tokens > self.capacity:
+            return None
+        new = Extent(previous_end, tokens)
+        insort(self._extents, new, key=lambda extent: extent.offset)
+        self._count(tokens)
+        return new
+
+    def free(self, extent: Extent) -> None:
+        self._extents.remove(extent)
+        self.used -= extent.capacity
+
+    def grow(self, extent: Extent, capacity: int) -> bool:
+        """Enlarges an extent in place if the slots after it are free."""
+        index = self._extents.index(extent)
+        limit = self._extents[index + 1].offset if index + 1 < len(self._extents) else self.capacity
+        if extent.offset + capacity > limit:
+            return False
+        self._count(capacity - extent.capacity)
+        extent.capacity = capacity
+        return True
+
+    def copy(self, source: Extent, target: Extent, tokens: int) -> None:
+        """Copies the first `tokens` slots of one extent to another, in every layer."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target.offset : target.offset + tokens] = buffer[source.offset : source.offset + tokens]
+
+    def compact(self, last: Extent | None = None) -> None:
+        """Moves every extent down so that all free slots are one stretch at the end, right after `last`."""
+        saved: list[Tensor] = []
+        if last is not None:
+            saved = [buffer[last.offset : last.end].clone() for buffer in (*self.keys, *self.values)]
+            self._extents.remove(last)
+        previous_end = 0
+        for extent in self._extents:
+            if extent.offset > previous_end:
+                self._move(extent, previous_end)
+            previous_end = extent.end
+        if last is not None:
+            last.offset = previous_end
+            self._extents.append(last)
+            for buffer, kept in zip((*self.keys, *self.values), saved):
+                buffer[last.offset : last.end] = kept
+
+    def _move(self, extent: Extent, offset: int) -> None:
+        for buffer in (*self.keys, *self.values):
+            moved = buffer[extent.offset : extent.end].clone()  # the two ranges may overlap
+            buffer[offset : offset + extent.capacity] = moved
+        extent.offset = offset
+
+    def _count(self, tokens: int) -> None:
+        self.used += tokens
+        self.peak = max(self.peak, self.used)
+
+    def check_integrity(self) -> None:
+        """Extents lie inside the pool, in order, without overlap, and add up to `used`. For tests."""
+        previous_end = 0
+        for extent in self._extents:
+            assert extent.offset >= previous_end, "extents overlap"
+            previous_end = extent.end
+        assert previous_end <= self.capacity, "extent beyond the pool"
+        assert self.used == sum(extent.capacity for extent in self._extents), "used slots miscounted"
+
+
+def _lazy_zeros(capacity: int, layer: LayerKv, dtype: torch.dtype) -> Tensor:
+    """Zeros that occupy no memory until written (calloc), unlike torch.zeros."""
+    size = capacity * layer.heads * layer.row_dim
+    raw = torch.from_numpy(np.zeros(size * dtype.itemsize, dtype=np.uint8))
+    return raw.view(dtype).view(capacity, layer.heads, layer.row_dim)

@@ -1,0 +1,120 @@
+"""One transformers model, run on flat ragged batches through our attention function."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..errors import ModelError
+from .forward_context import ATTENTION_NAME, StepAttention, UnsupportedAttention, attention_of, register
+from .gate import LengthLimit, check_config, refused
+from .kv_pool import LayerKv
+from .step import StepBatch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner:
+    """A loaded model that passed the gate. `layers` is the KV shape of each layer."""
+
+    def __init__(self, model: nn.Module, limit: LengthLimit | None = None):
+        self.model = model.eval()
+        self.config: Any = model.config
+        self.text_config: Any = self.config.get_text_config()
+        self.limit = limit
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.layers = self._probe_layers()
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens a sequence may have (prompt and output), if the model states one."""
+        stated = getattr(self.text_config, "max_position_embeddings", None)
+        return int(stated) if stated else None
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, attention: StepAttention) -> Tensor:
+        """Logits of `batch.logit_rows`, [L, vocabulary], float32."""
+        with attention_of(attention):
+            output = self.model(
+                input_ids=torch.from_numpy(batch.tokens).unsqueeze(0),
+                position_ids=torch.from_numpy(batch.positions).unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(batch.logit_rows),
+            )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _probe_layers(self) -> tuple[LayerKv, ...]:
+        """Runs two tokens to see which layers call attention, once each and with which KV shape."""
+        probe = _ShapeProbe()
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        try:
+            with attention_of(probe), torch.inference_mode():
+                self.model(input_ids=tokens, position_ids=torch.arange(2).unsqueeze(0), use_cache=False)
+        except UnsupportedAttention as error:
+            raise refused(self.model_type, str(error)) from None
+        count = int(self.text_config.num_hidden_layers)
+        if [layer for layer, _ in probe.seen] != list(range(count)):
+            raise refused(self.model_type, f"not each of its {count} layers calls attention exactly once")
+        return tuple(shape for _, shape in probe.seen)
+
+
+class _ShapeProbe:
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, LayerKv]] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        self.seen.append((layer, LayerKv(key.shape[0], key.shape[-1], value.shape[-1])))
+        return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
+
+
+def load_config(path: str, trust_remote_code: bool) -> tuple[Any, LengthLimit | None]:
+    """The model's configuration, checked by the gate. Cheap: no weights are read."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.path: {path} cannot be opened as a model: {_first_line(error)}") from None
+    return config, check_config(config)
+
+
+def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> ModelRunner:
+    """Loads safetensors weights and checks that this model can run exactly. Raises ModelError."""
+    register()
+    config, limit = load_config(path, trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=_DTYPES.get(dtype, "auto"),
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from None
+    return prepare_model(model, limit)
+
+
+def prepare_model(model: Any, limit: LengthLimit | None = None) -> ModelRunner:
+    """Wraps a model that is already in memory; its attention is switched to ours."""
+    register()
+    model_type = model.config.model_type
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        raise refused(model_type, "transformers does not let its attention be replaced")
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise refused(model_type, "its forward cannot return the logits of chosen tokens only")
+    return ModelRunner(model, limit)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
