@@ -1,0 +1,137 @@
+"""JSON lines as a stream of batches. A line that cannot be read is a faulty row; blank lines are no rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from batchllm.dataset.files import InputFiles, first_line
+from batchllm.dataset.rows import RowBatch, RowFault, no_columns
+from batchllm.errors import InputError
+
+Record = Mapping[str, object]
+
+_SCAN_ROWS = 1024
+_UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError)
+
+
+class JsonLinesReader:
+    """Opening it reads all lines once, because only then the columns and their types are known.
+
+    Values of a column that have no common type become text: strings as they are, other values as JSON.
+    """
+
+    def __init__(self, files: InputFiles, limit: int | None) -> None:
+        self._files = files
+        types: dict[str, pa.DataType] = {}
+        self.num_rows: int | None = 0
+        for records in self._record_batches(_SCAN_ROWS, limit):
+            self.num_rows += len(records)
+            _widen(types, [record for record in records if not isinstance(record, RowFault)])
+        self.schema = pa.schema([(name, _storable(type_)) for name, type_ in types.items()])
+
+    def batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[RowBatch]:
+        fields = [self.schema.field(name) for name in columns]
+        for records in self._record_batches(batch_rows, None):
+            yield _to_batch(records, fields)
+
+    def _record_batches(self, batch_rows: int, limit: int | None) -> Iterator[list[Record | RowFault]]:
+        """Every record once, in order, not more than `batch_rows` at a time and `limit` in all."""
+        batch: list[Record | RowFault] = []
+        left = limit
+        for path in self._files.paths:
+            for number, line in _lines(self._files, path):
+                if left == 0:
+                    break
+                left = None if left is None else left - 1
+                batch.append(_parse(line, f"{posixpath.basename(path)}, line {number}"))
+                if len(batch) == batch_rows:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
+
+
+def _lines(files: InputFiles, path: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line that is not blank, decompressed by the ending of the file name."""
+    try:
+        with files.filesystem.open_input_stream(path) as stream:
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):
+                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if text.strip():
+                    yield number, text
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"input.path: `{path}` cannot be read: {first_line(error)}") from None
+
+
+def _parse(line: bytes, where: str) -> Record | RowFault:
+    try:
+        record = json.loads(line.decode())
+        if rb"\u" in line:
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except json.JSONDecodeError as error:
+        return RowFault(f"{where} is not valid JSON: {error.msg} (column {error.colno})")
+    except UnicodeError:
+        return RowFault(f"{where} is not valid UTF-8 text")
+    except (ValueError, RecursionError) as error:
+        return RowFault(f"{where} is not valid JSON: {error}")
+    if not isinstance(record, dict):
+        return RowFault(f"{where} is not a JSON object")
+    return record
+
+
+def _widen(types: dict[str, pa.DataType], records: Sequence[Record]) -> None:
+    """Make `types` wide enough for these records too. Columns keep the order in which they first appear."""
+    names = dict.fromkeys(name for record in records for name in record)
+    for name in names:
+        try:
+            found = pa.array([record.get(name) for record in records]).type
+            known = types.get(name, pa.null())
+            schemas = [pa.schema([("x", known)]), pa.schema([("x", found)])]
+            types[name] = pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+        except _UNFIT:
+            types[name] = pa.string()
+
+
+def _storable(type_: pa.DataType) -> pa.DataType:
+    """Objects without keys have no Parquet type, so a column that has such objects becomes text."""
+    return pa.string() if "struct<>" in str(type_) else type_
+
+
+def _to_batch(records: Sequence[Record | RowFault], fields: Sequence[pa.Field]) -> RowBatch:
+    faults = {row: record for row, record in enumerate(records) if isinstance(record, RowFault)}
+    columns = []
+    for field in fields:
+        values = [None if isinstance(record, RowFault) else record.get(field.name) for record in records]
+        if pa.types.is_string(field.type):
+            values = [_text(value) for value in values]
+        columns.append(_array(values, field, faults))
+    if not fields:
+        return RowBatch(no_columns(len(records)), faults)
+    return RowBatch(pa.record_batch(columns, schema=pa.schema(fields)), faults)
+
+
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _array(values: list[object], field: pa.Field, faults: dict[int, RowFault]) -> pa.Array:
+    """The values as Arrow. One that does not fit the type (2^60 among fractions) becomes a null and a fault."""
+    try:
+        return pa.array(values, type=field.type)
+    except _UNFIT:
+        pass
+    fitting = list(values)
+    for row, value in enumerate(values):
+        try:
+            pa.scalar(value, type=field.type)
+        except _UNFIT:
+            fitting[row] = None
+            faults[row] = RowFault(f"column `{field.name}` holds a value that is no {field.type}")
+    return pa.array(fitting, type=field.type)

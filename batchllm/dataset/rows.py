@@ -1,0 +1,42 @@
+"""Rows on their way in: a record batch, and what is wrong with single rows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class RowFault:
+    """Why a row cannot be answered: one sentence, without a full stop, for the `error` column of the results."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Consecutive rows of the input. A row in `faults` is there, with nulls, so that rows keep their numbers."""
+
+    data: pa.RecordBatch
+    faults: Mapping[int, RowFault] = field(default_factory=dict)  # row of this batch → fault
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.data.num_rows)
+
+    def rows(self, start: int, stop: int) -> RowBatch:
+        """Some rows of this batch, sharing its memory."""
+        faults = {row - start: fault for row, fault in self.faults.items() if start <= row < stop}
+        return RowBatch(self.data.slice(start, stop - start), faults)
+
+    def pieces(self, rows: int) -> Iterator[RowBatch]:
+        """The same rows in batches of not more than `rows`."""
+        for start in range(0, self.num_rows, rows):
+            yield self.rows(start, min(start + rows, self.num_rows))
+
+
+def no_columns(rows: int) -> pa.RecordBatch:
+    """A batch that has rows and no columns."""
+    return pa.record_batch([pa.nulls(rows)], names=["none"]).select([])
