@@ -1,5 +1,4 @@
-"""Lexicographic order of many prompts and the exact common prefix of neighbours, without reading all
-tokens.
+"""Lexicographic order of many prompts and the exact common prefix of neighbours, reading few tokens.
 
 A multiway radix sort by leaders, in rounds. Rows whose first `depth` tokens are known to be equal form a
 group, contiguous in the order. Each round compares the next block of tokens of every row with that of one
@@ -54,8 +53,7 @@ class _Compared(NamedTuple):
 
 
 def sort_prompts(tokens: TokenArray, starts: IntArray, lengths: IntArray) -> SortedPrompts:
-    """Row i is `tokens[starts[i]:starts[i] + lengths[i]]`; tokens are >= 0. A prefix sorts before its
-    extensions.
+    """Row i is `tokens[starts[i]:starts[i] + lengths[i]]`, tokens >= 0. A prefix sorts before its extensions.
 
     `tokens` may be memory-mapped: it is only gathered from, `_SLICE_TOKENS` at a time.
     """
@@ -164,7 +162,7 @@ def _split(
     leader: IntArray,
     block: int,
 ) -> _Active:
-    """Rearrange `order` within the groups that split, set `lcp` at new borders, and say what is left to do."""
+    """Rearrange `order` within the groups that split, set `lcp` at new borders, return what is left to do."""
     position, head, depth = active
     group = np.cumsum(head) - 1
     uneven = np.logical_or.reduceat(compared.agreed < block, np.flatnonzero(head))

@@ -38,7 +38,9 @@ def make_requests(prompts: PromptTable) -> RequestTable:
 
 
 def random_rows(rng: np.random.Generator, rows: int, alphabet: int, depth: int) -> list[list[int]]:
-    """Prompts with everything that is awkward: shared prefixes of any depth, duplicates, prefixes, empty rows."""
+    """Prompts with everything that is awkward: shared prefixes of any depth, duplicates, prefixes, empty
+    rows.
+    """
     made: list[list[int]] = []
     for _ in range(rows):
         tail = rng.integers(0, alphabet, size=rng.integers(0, depth + 1)).tolist()
@@ -134,7 +136,7 @@ def _check_prompts(plan: Plan, prompts: PromptTable, requests: RequestTable) -> 
 
 
 def _check_copies(plan: Plan, prompts: PromptTable, spelled: list[list[int]]) -> None:
-    """What is copied equals what the donor itself holds; at least the tokens whose logits are read are not."""
+    """What is copied is what the donor itself holds; tokens whose logits are read are never copied."""
     last_child: dict[int, int] = {}
     for node, parent in enumerate(plan.node_parent.tolist()):
         start, own = int(plan.node_start[node]), int(plan.node_end[node] - plan.node_start[node])
