@@ -1,0 +1,143 @@
+"""The columns of a part: the kept ones, read from the input by row number, and those that a run adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from batchllm.core import IntArray, RequestResult, RequestTable
+from batchllm.errors import JobError
+
+_ANSWER_FIELDS = (
+    pa.field("output", pa.string()),
+    pa.field("output_tokens", pa.list_(pa.int32())),
+    pa.field("finish_reason", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("shared_tokens", pa.int32()),
+)
+_LOGPROBS = pa.field("logprobs", pa.list_(pa.float32()))
+_SAMPLE = pa.field("sample", pa.int32())
+
+
+def check_kept_names(names: Iterable[str], has_samples: bool, has_logprobs: bool) -> None:
+    """Refuses kept columns that would stand beside a column of ours with the same name."""
+    ours = {field.name for field in _added_fields(has_samples, has_logprobs)}
+    seen: set[str] = set()
+    for name in names:
+        if name in ours:
+            raise JobError(
+                f"output.keep: the input column {name!r} has the name of a column that the run adds; "
+                "rename it in the input or leave it out of output.keep"
+            )
+        if name in seen:
+            raise JobError(f"output.keep: the column {name!r} is named twice; name every kept column once")
+        seen.add(name)
+
+
+class RowReader:
+    """Rows of a table in any order, without joining its chunks: a memory-mapped table stays on disk."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.schema: pa.Schema = table.schema
+        self._batches = [batch for batch in table.to_batches() if batch.num_rows]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+
+    def take(self, rows: IntArray) -> pa.RecordBatch:
+        """As many rows as fit into one batch: strings of less than 2 GiB."""
+        if not len(self.schema) or not len(rows):
+            return empty_batch(self.schema)
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        chunk = np.searchsorted(self._ends, ordered, side="right")
+        cuts = [0, *(np.flatnonzero(np.diff(chunk)) + 1), len(rows)]
+        pieces = []
+        for start, end in pairwise(cuts):
+            batch = self._batches[chunk[start]]
+            first_row = self._ends[chunk[start]] - batch.num_rows
+            pieces.append(batch.take(pa.array(ordered[start:end] - first_row)))
+        joined = _one_batch(pa.Table.from_batches(pieces))
+        if (order[1:] > order[:-1]).all():
+            return joined
+        place = np.empty(len(rows), dtype=np.int64)
+        place[order] = np.arange(len(rows))
+        return joined.take(pa.array(place))
+
+
+class Columns:
+    """What the parts of one run look like, and where the values of the kept columns come from."""
+
+    def __init__(self, requests: RequestTable, kept: pa.Table, logprobs: bool) -> None:
+        self.requests = requests
+        self.has_samples = bool(len(requests) and requests.sample.max() > 0)
+        check_kept_names(kept.column_names, self.has_samples, logprobs)
+        kept = _plain(kept)
+        self._kept = RowReader(kept)
+        added = _added_fields(self.has_samples, logprobs)
+        self.schema: pa.Schema = pa.schema([*kept.schema, *added])
+        self.answers: pa.Schema = pa.schema([field for field in added if field.name != _SAMPLE.name])
+
+    def kept_values(self, requests: IntArray) -> pa.RecordBatch:
+        """The kept columns of these requests, and the sample number where there is one."""
+        kept = self._kept.take(self.requests.row[requests])
+        arrays = list(kept.columns)
+        fields = list(kept.schema)
+        if self.has_samples:
+            arrays.append(pa.array(self.requests.sample[requests]))
+            fields.append(_SAMPLE)
+        return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+
+    def joined(self, kept: pa.RecordBatch, answers: pa.RecordBatch) -> pa.Table:
+        return pa.Table.from_arrays([*kept.columns, *answers.columns], schema=self.schema)
+
+    def answer_table(self, results: Sequence[RequestResult]) -> pa.Table:
+        values = {
+            "output": _texts([r.output for r in results]),
+            "output_tokens": [r.output_tokens for r in results],
+            "finish_reason": [r.finish_reason for r in results],
+            "error": _texts([r.error for r in results]),
+            "prompt_tokens": [r.prompt_tokens for r in results],
+            "shared_tokens": [r.shared_tokens for r in results],
+            "logprobs": [r.logprobs for r in results],
+        }
+        arrays = [pa.array(values[field.name], field.type) for field in self.answers]
+        return pa.table(arrays, schema=self.answers)
+
+    def stored_answers(self, table: pa.Table) -> pa.Table:
+        """The answer columns of an earlier part; one that it lacks is null."""
+        missing = [field for field in self.answers if field.name not in table.column_names]
+        for field in missing:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        return table.select(self.answers.names).cast(self.answers)
+
+
+def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def _added_fields(has_samples: bool, has_logprobs: bool) -> list[pa.Field]:
+    return [*([_SAMPLE] if has_samples else []), *_ANSWER_FIELDS, *([_LOGPROBS] if has_logprobs else [])]
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without metadata of other programs, and without dictionaries, which may differ from part to part."""
+    fields = []
+    for field in table.schema:
+        value_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        fields.append(pa.field(field.name, value_type, field.nullable))
+    return table.cast(pa.schema(fields)) if fields else table
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    batches = table.combine_chunks().to_batches()
+    if len(batches) != 1:
+        raise OverflowError("these rows hold more than 2 GiB of text")
+    return batches[0]
+
+
+def _texts(values: list[str | None]) -> list[str | None]:
+    """Half a surrogate pair has no UTF-8: it becomes a question mark, rather than the end of the job."""
+    return [v if v is None or v.isascii() else v.encode(errors="replace").decode() for v in values]

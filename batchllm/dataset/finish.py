@@ -1,0 +1,174 @@
+"""From parts in the order in which answers were finished to parts in input order, without a moment of doubt.
+
+    1. every live part is read once and its rows go to the bucket (a file) that their place in the input names
+    2. bucket by bucket, the final parts are written to _run/final/ and brought to the disk
+    3. _run/COMMIT is written: from here on the result is the final parts, whatever happens
+    4. live parts are removed, final parts renamed into OUT, COMMIT removed
+
+A crash before 3 leaves the live parts as they were; a crash after 3 is completed by `recover` at the
+next start. In step 4 a reader sees a part of the rows, never none (if there were any), never one twice.
+
+Memory: one bucket and one piece of a live part. Files open at once: the buckets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from batchllm.core import IntArray
+from batchllm.dataset.columns import Columns, RowReader, empty_batch
+from batchllm.dataset.folder import Folder
+from batchllm.dataset.parts import TornPart, final_name, read_answers, write_part
+from batchllm.durable import make_folder, sync_folder, write_json, writing
+
+_MAX_BUCKETS = 64
+_REQUEST = pa.field("request", pa.int64())
+
+
+class DamagedPart(Exception):
+    """A part that was written whole cannot be read any more."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def write_final_parts(
+    folder: Folder, columns: Columns, job: str, sources: Mapping[str, IntArray], part_rows: int
+) -> dict[str, IntArray]:
+    """Replaces the live parts (name → requests) by final ones. Every request is in exactly one source.
+
+    Returns the final parts in the same form. Raises DamagedPart before anything has been replaced.
+    """
+    discard_unfinished(folder)
+    total = len(columns.requests)
+    bucket_rows = part_rows * max(1, -(-total // (part_rows * _MAX_BUCKETS)))
+    buckets = _fill_buckets(folder, columns, sources, bucket_rows)
+    final: dict[str, IntArray] = {}
+    for first_row in range(0, max(total, 1), bucket_rows):
+        path = buckets.get(first_row // bucket_rows)
+        final |= _write_bucket(folder, columns, job, path, first_row, part_rows, bucket_rows)
+    with writing(folder.final):
+        sync_folder(folder.final)
+    write_json(folder.commit_marker, {"sources": sorted(sources), "final": list(final)})
+    complete_commit(folder)
+    return final
+
+
+def recover(folder: Folder) -> None:
+    """Brings a folder that a crash left behind to a state from which a run can start. Needs the lock."""
+    if folder.commit_marker.exists():
+        complete_commit(folder)
+    discard_unfinished(folder)
+
+
+def discard_unfinished(folder: Folder) -> None:
+    remove_workspace(folder)
+    make_folder(folder.scratch)
+    make_folder(folder.final)
+
+
+def remove_workspace(folder: Folder) -> None:
+    for path in (folder.scratch, folder.final):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def complete_commit(folder: Folder) -> None:
+    """Step 4, also from its midst. The first final part takes the place of a live one, so that readers never
+    find the folder empty; as long as it lies in _run/final, that live part is still the old one."""
+    commit = json.loads(folder.commit_marker.read_text(encoding="utf-8"))
+    sources: list[str] = commit["sources"]
+    final: list[str] = commit["final"]
+    with writing(folder.path):
+        for name in sources[1:]:
+            (folder.path / name).unlink(missing_ok=True)
+        first = folder.final / final[0]
+        if sources:
+            seat = folder.path / sources[0]
+            _replace_if_there(first, seat)
+            first = seat
+        _replace_if_there(first, folder.path / final[0])
+        for name in final[1:]:
+            _replace_if_there(folder.final / name, folder.path / name)
+        sync_folder(folder.path)
+        folder.commit_marker.unlink()
+        sync_folder(folder.run)
+
+
+def _fill_buckets(
+    folder: Folder, columns: Columns, sources: Mapping[str, IntArray], bucket_rows: int
+) -> dict[int, Path]:
+    """Number of a bucket → its file. The rows of a bucket are in no order; `request` says which they are."""
+    schema = pa.schema([*columns.answers, _REQUEST])
+    paths: dict[int, Path] = {}
+    writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
+    with writing(folder.scratch), contextlib.ExitStack() as open_files:
+        for name, requests in sources.items():
+            for answers, piece in _pieces(folder, columns, name, requests):
+                bucket_of = piece // bucket_rows
+                rows = answers.append_column(_REQUEST, pa.array(piece))
+                for bucket in np.unique(bucket_of):
+                    number = int(bucket)
+                    if number not in writers:
+                        paths[number] = folder.scratch / f"bucket-{number}.arrow"
+                        writers[number] = open_files.enter_context(pa.ipc.new_file(paths[number], schema))
+                    writers[number].write_table(rows.filter(pa.array(bucket_of == bucket)))
+    return paths
+
+
+def _pieces(
+    folder: Folder, columns: Columns, name: str, requests: IntArray
+) -> Iterator[tuple[pa.Table, IntArray]]:
+    """The answers of a live part piece by piece, and the request of each row."""
+    start = 0
+    try:
+        for answers in read_answers(folder.path / name, columns):
+            yield answers, requests[start : start + answers.num_rows]
+            start += answers.num_rows
+    except TornPart as error:
+        raise DamagedPart(name) from error
+    if start != len(requests):
+        raise DamagedPart(name)
+
+
+def _write_bucket(
+    folder: Folder,
+    columns: Columns,
+    job: str,
+    path: Path | None,
+    first_request: int,
+    part_rows: int,
+    bucket_rows: int,
+) -> dict[str, IntArray]:
+    """The final parts of one bucket. The file is removed when they are written."""
+    end = min(first_request + bucket_rows, len(columns.requests))
+    parts: dict[str, IntArray] = {}
+    with contextlib.ExitStack() as stack:
+        table = pa.Table.from_batches([empty_batch(columns.answers)])
+        place = np.zeros(0, dtype=np.int64)
+        if path is not None:
+            table = pa.ipc.open_file(stack.enter_context(pa.memory_map(str(path)))).read_all()
+            place = np.argsort(table.column("request").to_numpy())
+        answers = RowReader(table.select(columns.answers.names))
+        for start in range(first_request, max(end, 1), part_rows):
+            requests = np.arange(start, min(start + part_rows, end), dtype=np.int64)
+            name = final_name(start // part_rows)
+            rows = place[requests - first_request]
+            write_part(folder.final / name, folder.scratch, columns, job, requests, answers, rows)
+            parts[name] = requests
+    if path is not None:
+        path.unlink()
+    return parts
+
+
+def _replace_if_there(path: Path, to: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, to)

@@ -1,0 +1,249 @@
+"""The results of a job while they are being made: what is answered already, and where new answers go.
+
+    with ResultStore.open(path, identity, requests, kept) as store:
+        todo = ~store.done
+        ...
+        store.add(results)          # any number of times, in any order, every request once
+        store.finish()              # when every request is answered
+
+Whatever ends the process, the answers in parts stay, and the next `open` takes them over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
+
+from batchllm.core import IntArray, RequestResult, RequestTable
+from batchllm.dataset.columns import Columns, RowReader
+from batchllm.dataset.finish import DamagedPart, recover, remove_workspace, write_final_parts
+from batchllm.dataset.folder import (
+    MANIFEST_FORMAT,
+    Folder,
+    FolderLock,
+    check_output,
+    read_manifest,
+    remove_results,
+)
+from batchllm.dataset.parts import job_digest, live_name, live_number, write_part
+from batchllm.dataset.resume import Inherited, SetAside, next_live_number, take_over
+from batchllm.durable import WriteFailed, write_bytes, write_json
+from batchllm.errors import JobError, OutputError
+from batchllm.versions import batchllm_version
+
+MAX_PART_ROWS = 1_000_000  # the keys of a part's rows lie in its footer, which every reader loads whole
+
+__all__ = ["MAX_PART_ROWS", "ResultStore", "check_output"]
+
+
+class ResultStore:
+    """The output folder of one running job. One thread uses it; a lock keeps other processes out."""
+
+    def __init__(
+        self, folder: Folder, lock: FolderLock, columns: Columns, inherited: Inherited, header: dict[str, Any]
+    ) -> None:
+        """For `open` only."""
+        self.path = folder.path
+        self.done: NDArray[np.bool_] = inherited.done  # [requests] answered: in a part, or about to be
+        self.num_resumed = int(inherited.done.sum())
+        self.num_superseded = inherited.superseded
+        self.num_errors = inherited.errors  # answered requests that are errors
+        self.notes: list[str] = _notes(folder, inherited)
+        self._folder = folder
+        self._lock = lock
+        self._columns = columns
+        self._header = header
+        self._parts: dict[str, IntArray] = inherited.parts
+        self._finished = inherited.complete
+        self._pending = _Pending(live_name(next_live_number(folder)))
+        self._last_flush = time.monotonic()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        identity: str,
+        requests: RequestTable,
+        kept: pa.Table,
+        *,
+        configuration: bytes = b"",
+        logprobs: bool = False,
+        fault_rows: Collection[int] = (),
+        part_rows: int = 50_000,
+        flush_seconds: float = 30.0,
+        resolved_job: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> ResultStore:
+        """Claims the folder, takes over earlier answers, and says in `done` which requests they answer.
+
+        `kept` holds the id and kept columns, one row per input row; `fault_rows` are the rows without a
+        prompt, whose errors are final. Errors of other rows are dropped, so they are tried again.
+        Raises what `check_output` raises, and OutputError while another process writes the folder.
+        """
+        if not 1 <= part_rows <= MAX_PART_ROWS:
+            raise JobError(f"output.part_rows: must be between 1 and {MAX_PART_ROWS:,}, not {part_rows:,}")
+        columns = Columns(requests, kept, logprobs)
+        check_output(path, identity, overwrite)
+        folder = Folder(path)
+        lock = FolderLock(folder)
+        try:
+            check_output(path, identity, overwrite)  # again: another run may have ended in between
+            if overwrite:
+                remove_results(folder)
+            recover(folder)
+            inherited = take_over(folder, columns, job_digest(identity), fault_rows, part_rows)
+            header = _manifest_header(folder, identity, configuration, requests, part_rows, flush_seconds)
+            store = cls(folder, lock, columns, inherited, header)
+            if resolved_job is not None:
+                text = yaml.safe_dump(dict(resolved_job), sort_keys=False, allow_unicode=True)
+                write_bytes(folder.run / "job.yaml", text.encode(errors="replace"))
+            store._write_manifest("finished" if store._finished else "running")
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    def add(self, results: Sequence[RequestResult]) -> None:
+        """Answers that have just been found. Written when a part is full or old enough."""
+        for result in results:
+            assert not self.done[result.request], f"request {result.request} is answered twice"
+            self._pending.results.append(result)
+            self.done[result.request] = True
+            self.num_errors += result.finish_reason == "error"
+            if len(self._pending.results) >= self._header["part_rows"]:
+                self.flush()
+        if self._pending.results and time.monotonic() - self._last_flush >= self._header["flush_seconds"]:
+            self.flush()
+
+    def flush(self) -> None:
+        """Afterwards every answer added so far survives kill -9.
+
+        Repeating an interrupted flush writes the same rows to the same name: none is written twice or lost.
+        """
+        self._last_flush = time.monotonic()
+        if not self._pending.results:
+            return
+        results = sorted(self._pending.results, key=lambda result: result.request)
+        requests = np.array([result.request for result in results], dtype=np.int64)
+        answers = RowReader(self._columns.answer_table(results))
+        self._write(self.path / self._pending.name, requests, answers)
+        self._parts[self._pending.name] = requests
+        self._pending = _Pending(live_name(1 + (live_number(self._pending.name) or 0)))
+        self._write_manifest("running")
+
+    def finish(self) -> None:
+        """The whole result in input order. Every request is answered."""
+        assert self.done.all(), f"{int((~self.done).sum())} requests are not answered"
+        self.flush()
+        if not self._finished:
+            try:
+                self._parts = write_final_parts(
+                    self._folder, self._columns, self._header["job"], self._parts, self._header["part_rows"]
+                )
+            except DamagedPart as part:
+                SetAside(self._folder, self._columns).move(self.path / part.name, part.name)
+                raise OutputError(
+                    f"{self.path / part.name}: was damaged after it was written; "
+                    "run the same command again to compute its rows anew"
+                ) from part
+        self._finished = True
+        self._write_manifest("finished")
+        remove_workspace(self._folder)
+
+    def close(self) -> None:
+        """Writes what is pending and lets go of the folder. Harmless after `finish` and when repeated."""
+        try:
+            if not self._finished:
+                self.flush()
+                self._write_manifest("interrupted")
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> ResultStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # When a write has failed, the last attempt of `close` fails as well and would only hide the first.
+        with contextlib.suppress(WriteFailed) if isinstance(error, WriteFailed) else contextlib.nullcontext():
+            self.close()
+
+    def _write(self, path: Path, requests: IntArray, answers: RowReader) -> None:
+        rows = np.arange(len(requests), dtype=np.int64)
+        write_part(path, self._folder.scratch, self._columns, self._header["job"], requests, answers, rows)
+
+    def _write_manifest(self, status: str) -> None:
+        answered = sum(len(requests) for requests in self._parts.values())
+        counts = {
+            "requests": len(self.done),
+            "answered": answered,
+            "errors": self.num_errors,
+            "resumed": self.num_resumed,
+            "superseded": self.num_superseded,
+        }
+        parts = [{"name": name, "rows": len(requests)} for name, requests in self._parts.items()]
+        head = {**self._header, "updated": _now(), "status": status}
+        write_json(self._folder.manifest, {**head, "counts": counts, "parts": parts})
+
+
+class _Pending:
+    """Answers not yet in a part, bound to the name that the part will have."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.results: list[RequestResult] = []
+
+
+def _manifest_header(
+    folder: Folder,
+    identity: str,
+    configuration: bytes,
+    requests: RequestTable,
+    part_rows: int,
+    flush_seconds: float,
+) -> dict[str, Any]:
+    earlier = read_manifest(folder)
+    return {
+        "format": MANIFEST_FORMAT,
+        "identity": identity,
+        "job": job_digest(identity),
+        "configuration": xxh3_128_hexdigest(configuration),
+        "requests": xxh3_128_hexdigest(requests.key.tobytes()),
+        "batchllm": batchllm_version(),
+        "started": earlier.get("started", _now()),
+        "part_rows": part_rows,
+        "flush_seconds": flush_seconds,
+    }
+
+
+def _notes(folder: Folder, inherited: Inherited) -> list[str]:
+    notes = []
+    if inherited.superseded:
+        notes.append(
+            f"{inherited.superseded:,} earlier answers no longer match (model, prompt, sampling or input "
+            f"changed) and were set aside in {folder.superseded}"
+        )
+    if inherited.retried:
+        notes.append(f"{inherited.retried:,} rows that failed in an earlier run are tried again")
+    if inherited.torn:
+        notes.append(
+            f"{inherited.torn:,} damaged parts were set aside in {folder.superseded}; "
+            "their rows are computed again"
+        )
+    return notes
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

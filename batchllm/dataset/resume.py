@@ -1,0 +1,228 @@
+"""Taking over what earlier runs left in the output folder.
+
+Afterwards every part in the folder holds only answers that this job wants, each once, with the kept columns
+as they are in the present input; `Inherited.done` says which requests they answer. Answers are matched by key.
+Every step leaves the folder readable and can be repeated after a crash.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from xxhash import xxh3_64_hexdigest
+
+from batchllm.core import IntArray
+from batchllm.dataset.columns import Columns, RowReader
+from batchllm.dataset.folder import Folder
+from batchllm.dataset.keys import match_keys, rank_among_equals
+from batchllm.dataset.parts import (
+    PartHeader,
+    TornPart,
+    final_number,
+    layout_digest,
+    live_name,
+    live_number,
+    parquet_files,
+    read_answers,
+    read_header,
+    write_part,
+)
+from batchllm.durable import make_folder, sync_folder, write_bytes, writing
+
+
+@dataclass
+class Inherited:
+    """What was found and kept."""
+
+    done: NDArray[np.bool_]  # [requests]
+    parts: dict[str, IntArray] = field(default_factory=dict)  # name of a part → request of each row
+    errors: int = 0  # of the rows kept
+    superseded: int = 0  # answers set aside
+    retried: int = 0  # rows that failed while they were computed, dropped
+    torn: int = 0  # parts that could not be read, set aside
+    complete: bool = False  # the folder already is the whole result in input order
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A readable part, and what is to become of its rows."""
+
+    header: PartHeader
+    requests: IntArray  # [rows] -1: not wanted
+    keep: NDArray[np.bool_]  # [rows]
+    retry: NDArray[np.bool_]  # [rows]
+
+
+def take_over(
+    folder: Folder, columns: Columns, job: str, fault_rows: Collection[int], part_rows: int
+) -> Inherited:
+    """Needs the lock, and a folder whose last commit has been completed."""
+    inherited = Inherited(np.zeros(len(columns.requests), dtype=bool))
+    headers, torn = _read_headers(folder)
+    found = _judge(headers, columns, fault_rows)
+    if not torn and _is_complete(found, columns, part_rows):
+        inherited.complete = True
+        for part in found:
+            _keep(inherited, part.header.path.name, part.requests, part.header.is_error)
+        return inherited
+    aside = SetAside(folder, columns)
+    numbers = _free_numbers(folder)
+    for path in torn:
+        aside.move(path, live_name(next(numbers)))
+        inherited.torn += 1
+    for part in found:
+        path = part.header.path
+        if live_number(path.name) is None:  # only a commit makes final parts, and it needs their names
+            path = _rename(path, folder.path / live_name(next(numbers)))
+        _settle(inherited, part, path, columns, job, folder, aside)
+    with writing(folder.path):
+        sync_folder(folder.path)
+    return inherited
+
+
+def _read_headers(folder: Folder) -> tuple[list[PartHeader], list[Path]]:
+    headers, torn = [], []
+    for path in parquet_files(folder.path):
+        try:
+            headers.append(read_header(path))
+        except TornPart:
+            torn.append(path)
+    return headers, torn
+
+
+def _judge(headers: list[PartHeader], columns: Columns, fault_rows: Collection[int]) -> list[_Found]:
+    if not headers:
+        return []
+    keys = np.concatenate([header.keys for header in headers])
+    request = match_keys(columns.requests.key, keys)
+    is_error = np.concatenate([header.is_error for header in headers])
+    faults = np.fromiter(fault_rows, dtype=np.int64, count=len(fault_rows))
+    from_input = np.isin(columns.requests.row[request], faults) if len(columns.requests) else is_error
+    retry = (request >= 0) & is_error & ~from_input
+    # A second copy of an answer can only be a file that a person copied; an error to be retried is no answer.
+    first = np.zeros(len(keys), dtype=bool)
+    candidates = np.flatnonzero((request >= 0) & ~retry)
+    first[candidates[rank_among_equals(keys[candidates]) == 0]] = True
+    request = np.where(first | retry, request, -1)
+    cuts = np.cumsum([len(header.keys) for header in headers])[:-1]
+    parts = zip(headers, np.split(request, cuts), np.split(first, cuts), np.split(retry, cuts))
+    return [_Found(*part) for part in parts]
+
+
+def _is_complete(found: list[_Found], columns: Columns, part_rows: int) -> bool:
+    """The parts are the final ones of exactly these requests, cut as they would be cut now."""
+    total = len(columns.requests)
+    sizes = [min(part_rows, total - start) for start in range(0, total, part_rows)] or [0]
+    if [final_number(part.header.path.name) for part in found] != list(range(len(sizes))):
+        return False
+    if [len(part.requests) for part in found] != sizes:
+        return False
+    return all(
+        part.keep.all()
+        and (part.requests == i * part_rows + np.arange(len(part.requests))).all()
+        and part.header.layout == layout_digest(columns, part.requests)
+        for i, part in enumerate(found)
+    )
+
+
+def _settle(
+    inherited: Inherited,
+    part: _Found,
+    path: Path,
+    columns: Columns,
+    job: str,
+    folder: Folder,
+    aside: SetAside,
+) -> None:
+    """Leaves at `path` the wanted rows of the part, in the present layout, or nothing."""
+    rows = np.flatnonzero(part.keep)
+    requests = part.requests[rows]
+    unwanted = int((~part.keep & ~part.retry).sum())
+    inherited.superseded += unwanted
+    inherited.retried += int(part.retry.sum())
+    if len(rows) == len(part.keep) and part.header.layout == layout_digest(columns, requests) and len(rows):
+        _keep(inherited, path.name, requests, part.header.is_error)
+        return
+    if unwanted:
+        aside.copy(path)
+    if not len(rows):
+        with writing(path):
+            path.unlink()
+        return
+    try:
+        answers = RowReader(pa.concat_tables(read_answers(path, columns)))
+    except TornPart:
+        aside.move(path, path.name)
+        inherited.torn += 1
+        return
+    write_part(path, folder.scratch, columns, job, requests, answers, rows)
+    _keep(inherited, path.name, requests, part.header.is_error[rows])
+
+
+def _keep(inherited: Inherited, name: str, requests: IntArray, is_error: NDArray[np.bool_]) -> None:
+    inherited.parts[name] = requests
+    inherited.done[requests] = True
+    inherited.errors += int(is_error.sum())
+
+
+class SetAside:
+    """`_run/superseded`: emptied when the first part of a new generation comes in.
+
+    A generation is one set of wanted keys, so a crash in the midst of setting aside does not start another.
+    """
+
+    def __init__(self, folder: Folder, columns: Columns) -> None:
+        self._folder = folder
+        self._generation = xxh3_64_hexdigest(columns.requests.key.tobytes()).encode()
+        self._is_open = False
+
+    def move(self, path: Path, name: str) -> None:
+        self._open()
+        _rename(path, self._folder.superseded / name)
+
+    def copy(self, path: Path) -> None:
+        """The whole part, also the rows still wanted. The file is never written to again: a link will do."""
+        self._open()
+        copy = self._folder.superseded / path.name
+        with writing(copy):
+            copy.unlink(missing_ok=True)  # of a run that was killed here
+            try:
+                os.link(path, copy)
+            except OSError:
+                shutil.copyfile(path, copy)
+            sync_folder(copy.parent)
+
+    def _open(self) -> None:
+        if self._is_open:
+            return
+        label = self._folder.superseded / "generation"
+        if not label.exists() or label.read_bytes() != self._generation:
+            with writing(self._folder.superseded):
+                shutil.rmtree(self._folder.superseded, ignore_errors=True)
+            make_folder(self._folder.superseded)
+            write_bytes(label, self._generation)
+        self._is_open = True
+
+
+def _rename(path: Path, to: Path) -> Path:
+    with writing(to):
+        os.replace(path, to)
+    return to
+
+
+def next_live_number(folder: Folder) -> int:
+    """Larger than any number in use, also among the parts set aside: no name is ever taken twice."""
+    names = [p.name for p in (*parquet_files(folder.path), *parquet_files(folder.superseded))]
+    return 1 + max((n for n in map(live_number, names) if n is not None), default=-1)
+
+
+def _free_numbers(folder: Folder) -> Iterator[int]:
+    return itertools.count(next_live_number(folder))

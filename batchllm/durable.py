@@ -1,0 +1,79 @@
+"""Files that are wholly there or not there at all, also after kill -9 or a power cut.
+
+A file is written under another name, brought to the disk, and renamed; then the rename is brought to the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from batchllm.errors import OutputError
+
+
+class WriteFailed(OutputError):
+    """The disk is full or refuses to be written. What was finished before stays as it was."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the operating system says into one sentence that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise WriteFailed(
+            f"{path}: cannot be written ({reason}); rows already in finished parts are kept, "
+            "so free space or fix the permissions and run the same command again"
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Moves a complete file to its name; both are on one file system. Afterwards it is there for good."""
+    with writing(path):
+        sync_file(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces the file at `path` atomically. Two processes must not write the same path at once."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with writing(path):
+            temporary.write_bytes(data)
+        replace_durably(temporary, path)
+    except WriteFailed:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def sync_file(path: Path) -> None:
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames and removals inside the folder permanent."""
+    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
