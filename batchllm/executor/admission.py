@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core import Plan
-from ..planner.lengths import LengthEstimator
-from ..planner.memory import peak_tokens
-from .node_store import NodeStore
-from .running import Running
+from batchllm.core import Plan
+from batchllm.executor.node_store import NodeStore
+from batchllm.executor.running import Running
+from batchllm.planner.lengths import LengthEstimator
+from batchllm.planner.memory import peak_tokens
 
 _FOREVER = np.iinfo(np.int64).max
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention_math import attend_block, merge_into
-from .kv_pool import KvPool
-from .step import Chunk, SharedRead, StepBatch
+from batchllm.executor.attention_math import attend_block, merge_into
+from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.step import Chunk, SharedRead, StepBatch
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,13 @@ class CpuStepAttention:
         dim, value_dim = self._pool.layers[layer].row_dim, value.shape[-1]
         self._store(layer, key, value)
         job = _LayerJob(
-            _padded(query, dim), self._pool.keys[layer], self._pool.values[layer], scale, window, softcap, self._masks
+            _padded(query, dim),
+            self._pool.keys[layer],
+            self._pool.values[layer],
+            scale,
+            window,
+            softcap,
+            self._masks,
         )
         for number, run in enumerate(self._runs):
             job.own_run(number, run)
@@ -120,7 +126,9 @@ class _LayerJob:
     def own_run(self, number: int, run: _Run) -> None:
         """Decode tokens over their own stretches: [r, Hkv, G, D] against a strided view of the pool."""
         rows, longest = len(run.rows), int(run.lengths.max())
-        packed = self.query.index_select(1, run.rows).view(self.kv_heads, self.group, rows, -1).permute(2, 0, 1, 3)
+        packed = (
+            self.query.index_select(1, run.rows).view(self.kv_heads, self.group, rows, -1).permute(2, 0, 1, 3)
+        )
         shape = (rows, self.kv_heads, longest, self.keys.shape[2])
         token, head, lane = self.keys.stride()
         strides, start = (run.stride * token, head, token, lane), run.offset * token
@@ -147,7 +155,11 @@ class _LayerJob:
         if chunk.held_before:
             positions = torch.arange(chunk.position, chunk.position + chunk.count)
             held = _Read(
-                torch.arange(rows.start, rows.stop), positions, chunk.extent.offset, chunk.node_start, chunk.held_before
+                torch.arange(rows.start, rows.stop),
+                positions,
+                chunk.extent.offset,
+                chunk.node_start,
+                chunk.held_before,
             )
             self.shared(("held", chunk.first), held)
 
@@ -169,7 +181,9 @@ class _LayerJob:
     ) -> tuple[Tensor, Tensor]:
         keys = self.keys[begin : begin + length].transpose(0, 1).unsqueeze(0)
         values = self.values[begin : begin + length].transpose(0, 1).unsqueeze(0)
-        return attend_block(query, keys, values, scale=self.scale, mask=mask, causal=causal, softcap=self.softcap)
+        return attend_block(
+            query, keys, values, scale=self.scale, mask=mask, causal=causal, softcap=self.softcap
+        )
 
     def _run_mask(self, number: int, run: _Run, longest: int) -> Tensor | None:
         """[r, 1, 1, longest]: hides slots beyond each row's length or before its window."""
@@ -229,8 +243,12 @@ def _run_of(chunks: Sequence[Chunk]) -> _Run:
 
 def _node_read(read: SharedRead) -> _Read:
     rows = np.concatenate([np.arange(chunk.first, chunk.first + chunk.count) for chunk in read.chunks])
-    positions = np.concatenate([np.arange(chunk.position, chunk.position + chunk.count) for chunk in read.chunks])
-    return _Read(torch.from_numpy(rows), torch.from_numpy(positions), read.extent.offset, read.start, read.length)
+    positions = np.concatenate(
+        [np.arange(chunk.position, chunk.position + chunk.count) for chunk in read.chunks]
+    )
+    return _Read(
+        torch.from_numpy(rows), torch.from_numpy(positions), read.extent.offset, read.start, read.length
+    )
 
 
 def _causal_window_mask(count: int, window: int | None, dtype: torch.dtype) -> Tensor | None:

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import Plan, PromptTable, RequestTable, SequenceResult
-from ..planner.lengths import LengthEstimator
-from .attention_cpu import CpuStepAttention
-from .kv_pool import KvPool
-from .model import ModelRunner
-from .running import Running
-from .sampler import choose_tokens, token_logprobs
-from .scheduler import Scheduler
-from .step import Sample, StepBatch
-from .stopping import StopRules
+from batchllm.core import Plan, PromptTable, RequestTable, SequenceResult
+from batchllm.executor.attention_cpu import CpuStepAttention
+from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.model import ModelRunner
+from batchllm.executor.running import Running
+from batchllm.executor.sampler import choose_tokens, token_logprobs
+from batchllm.executor.scheduler import Scheduler
+from batchllm.executor.step import Sample, StepBatch
+from batchllm.executor.stopping import StopRules
+from batchllm.planner.lengths import LengthEstimator
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Engine:
         requests: RequestTable,
         stop_rules: StopRules,
         options: EngineOptions,
+        estimator: LengthEstimator | None = None,
     ):
         self.model, self.plan, self.stop_rules = model, plan, stop_rules
         self.stats = EngineStats()
@@ -62,7 +63,7 @@ class Engine:
             plan,
             prompts,
             self.pool,
-            LengthEstimator(len(prompts.params)),
+            estimator or LengthEstimator(),
             options.max_step_tokens,
             model.max_length,
             options.max_running,
@@ -131,7 +132,8 @@ class Engine:
 
     def _take_failed(self) -> list[SequenceResult]:
         failed = [
-            SequenceResult(run.sequence, (), "", "error", error=reason) for run, reason in self.scheduler.failed
+            SequenceResult(run.sequence, (), "", "error", error=reason)
+            for run, reason in self.scheduler.failed
         ]
         self.scheduler.failed.clear()
         return failed

@@ -11,31 +11,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ModelError
+from batchllm.errors import ModelError
 
-_STATE = "its linear-attention, convolution or state-space layers carry state along the batch, across sequences"
-_LOOPED = "its layers call attention more than once per token, so their keys and values would overwrite each other"
+_STATE = (
+    "its linear-attention, convolution or state-space layers carry state along the batch, across sequences"
+)
+_LOOPED = (
+    "its layers call attention more than once per token, so their keys and values would overwrite each other"
+)
 _NO_HOOK = "transformers does not let its attention be replaced"
 _NOT_DECODER = "it is not a decoder-only language model"
 _BIAS = "its attention takes a bias or an index that depends on more than positions"
 
-_REFUSED = {
-    **dict.fromkeys(
-        (
-            "qwen3_next qwen3_5_text qwen3_5_moe_text qwen3_5 qwen3_5_moe falcon_h1 nemotron_h olmo_hybrid minimax "
-            "recurrent_gemma lfm2 lfm2_moe lfm3 jamba mamba mamba2 falcon_mamba xlstm bamba zamba zamba2 rwkv "
-            "granitemoehybrid kimi_linear"
-        ).split(),
-        _STATE,
-    ),
-    **dict.fromkeys(("diffllama", "zaya", "hrm_text"), _LOOPED),
-    **dict.fromkeys(("deepseek_v4", "inkling2_text"), _BIAS),
-    **dict.fromkeys(
-        "mpt bloom gptj codegen xglm cpmant openai-gpt gpt_neox_japanese big_bird".split(),
-        _NO_HOOK,
-    ),
-    **dict.fromkeys(("bert", "roberta", "bart", "t5", "mbart", "prophetnet", "whisper"), _NOT_DECODER),
+_REFUSED_FAMILIES = {
+    _STATE: """qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text falcon_h1 nemotron_h olmo_hybrid minimax
+        recurrent_gemma lfm2 lfm2_moe lfm3 jamba mamba mamba2 falcon_mamba xlstm bamba zamba zamba2 rwkv
+        granitemoehybrid kimi_linear""",
+    _LOOPED: "diffllama zaya hrm_text",
+    _BIAS: "deepseek_v4 inkling2_text",
+    _NO_HOOK: "mpt bloom gptj codegen xglm cpmant openai-gpt gpt_neox_japanese big_bird",
+    _NOT_DECODER: "bert roberta bart t5 mbart prophetnet whisper",
 }
+_REFUSED = {name: reason for reason, names in _REFUSED_FAMILIES.items() for name in names.split()}
 
 _EXACT_ROPE = {"default", "linear", "llama3", "yarn"}
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -100,7 +97,9 @@ def _check_rope(text: Any) -> LengthLimit | None:
                 text, "original_max_position_embeddings", None
             )
             limit = int(original or text.max_position_embeddings)
-            return LengthLimit(limit, f"its {kind} RoPE changes every sequence once one of the batch is longer")
+            return LengthLimit(
+                limit, f"its {kind} RoPE changes every sequence once one of the batch is longer"
+            )
         raise refused(text.model_type, f"its RoPE type {kind} is not known to be exact")
     return None
 

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..errors import ModelError
-from .forward_context import ATTENTION_NAME, StepAttention, UnsupportedAttention, attention_of, register
-from .gate import LengthLimit, check_config, refused
-from .kv_pool import LayerKv
-from .step import StepBatch
+from batchllm.errors import ModelError
+from batchllm.executor.forward_context import (
+    ATTENTION_NAME,
+    StepAttention,
+    UnsupportedAttention,
+    attention_of,
+    register,
+)
+from batchllm.executor.gate import LengthLimit, check_config, refused
+from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.step import StepBatch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import xxhash
 
-from ..errors import ModelError
+from batchllm.errors import ModelError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAMPLED_BLOCKS = 64
 _BLOCK_BYTES = 64 * 1024
@@ -21,7 +28,9 @@ def check_model_folder(path: str, trust_remote_code: bool, need_tokenizer: bool 
     folder = Path(path)
     if not folder.exists():
         if folder.is_absolute() or path.startswith("."):
-            raise ModelError(f"model.path: there is no folder {path}; give a folder that save_pretrained wrote.")
+            raise ModelError(
+                f"model.path: there is no folder {path}; give a folder that save_pretrained wrote."
+            )
         return
     if not folder.is_dir():
         raise ModelError(f"model.path: {path} is a file; give the folder that holds config.json.")
@@ -81,7 +90,9 @@ def _read_config(folder: Path) -> dict[str, object]:
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"model.path: {folder} has no config.json; give a folder save_pretrained wrote.") from None
+        raise ModelError(
+            f"model.path: {folder} has no config.json; give a folder save_pretrained wrote."
+        ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path: {folder}/config.json cannot be read: {error}.") from None
     if not isinstance(config, dict):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core import Plan
-from .kv_pool import Extent, KvPool
+from batchllm.core import Plan
+from batchllm.executor.kv_pool import Extent, KvPool
 
 
 class NodeStore:

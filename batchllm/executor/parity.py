@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention_cpu import CpuStepAttention
-from .forward_context import ATTENTION_NAME
-from .gate import refused
-from .kv_pool import KvPool
-from .model import ModelRunner
-from .step_builder import Ancestor, StepBuilder
+from batchllm.executor.attention_cpu import CpuStepAttention
+from batchllm.executor.forward_context import ATTENTION_NAME
+from batchllm.executor.gate import refused
+from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.model import ModelRunner
+from batchllm.executor.step_builder import Ancestor, StepBuilder
 
 _SHARED, _TAILS = 12, (21, 9)  # two sequences over one shared node, cut into chunks
 _ALONE = 5  # and one by itself
@@ -47,7 +47,9 @@ def _run_alone(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]
     try:
         with torch.inference_mode():
             return [
-                runner.model(input_ids=torch.from_numpy(tokens).unsqueeze(0), use_cache=False).logits[0].float()
+                runner.model(input_ids=torch.from_numpy(tokens).unsqueeze(0), use_cache=False)
+                .logits[0]
+                .float()
                 for tokens in sequences
             ]
     finally:

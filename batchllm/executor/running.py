@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..core import SamplingParams
+from batchllm.core import SamplingParams
 
 
 @dataclass(slots=True, eq=False)

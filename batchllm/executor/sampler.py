@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core import SamplingParams
-from .random_numbers import uniform
+from batchllm.core import SamplingParams
+from batchllm.executor.random_numbers import uniform
 
 
 def choose_tokens(

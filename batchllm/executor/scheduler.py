@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..core import Plan, PromptTable
-from ..planner.lengths import LengthEstimator
-from .admission import Admission
-from .kv_pool import Extent, KvPool
-from .node_store import NodeStore
-from .running import Running
-from .step import Sample, StepBatch
-from .step_builder import Ancestor, StepBuilder
+from batchllm.core import Plan, PromptTable
+from batchllm.executor.admission import Admission
+from batchllm.executor.kv_pool import Extent, KvPool
+from batchllm.executor.node_store import NodeStore
+from batchllm.executor.running import Running
+from batchllm.executor.step import Sample, StepBatch
+from batchllm.executor.step_builder import Ancestor, StepBuilder
+from batchllm.planner.lengths import LengthEstimator
 
 _ROUND = 16  # leaf extents are multiples of this many slots, so that neighbours are often equally long
 _LEAD = 128  # most output tokens a leaf reserves ahead
@@ -49,7 +49,9 @@ class Scheduler:
         self.preemptions = 0
         self._next = 0
         self._returning: deque[Running] = deque()
-        self._queue: deque[tuple[int, Running | None]] = deque()  # nodes with tokens to compute; a leaf's owner
+        self._queue: deque[tuple[int, Running | None]] = (
+            deque()
+        )  # nodes with tokens to compute; a leaf's owner
         self._awaiting: dict[int, list[Running]] = {}  # zero-length leaves whose parent is being computed
         self._zero_leaves = _count_zero_leaves(plan)
 
@@ -137,7 +139,9 @@ class Scheduler:
             if self.pool.grow(extent, extent.capacity + min(_ROUND, room)):
                 return
         if len(self.running) == 1:
-            self._fail(run, f"KV memory ran out after {len(run.output)} output tokens; raise engine.kv_memory")
+            self._fail(
+                run, f"KV memory ran out after {len(run.output)} output tokens; raise engine.kv_memory"
+            )
         else:
             self._step_back(next(reversed(self.running.values())))
 
@@ -174,7 +178,9 @@ class Scheduler:
         extent = self._leaf_extent(run)
         position = run.leaf_start + run.leaf_tokens - 1
         tokens = np.array(run.output[-1:], dtype=np.int64)
-        builder.add_chunk(tokens, position, run.leaf_start, extent, self._ancestors(run.path), prompt_tokens=0)
+        builder.add_chunk(
+            tokens, position, run.leaf_start, extent, self._ancestors(run.path), prompt_tokens=0
+        )
         builder.decode_tokens += 1
         self.nodes.computed[run.leaf] += 1
         builder.samples.append(Sample(run.sequence, builder.read_last_logits(run.leaf), run.leaf))
@@ -291,7 +297,9 @@ class Scheduler:
         The leaf gets room for what is known and for `lead` output tokens; it grows later if need be.
         """
         missing = [node for node in run.path if self.nodes.extent[node] is None]
-        leaf = min(_rounded(run.leaf_tokens + lead) if lead > 1 else run.leaf_tokens + 1, run.most_leaf_tokens)
+        leaf = min(
+            _rounded(run.leaf_tokens + lead) if lead > 1 else run.leaf_tokens + 1, run.most_leaf_tokens
+        )
         sizes = [self.nodes.prompt_length(node) for node in missing] + [max(leaf, run.leaf_tokens)]
         extents = self._allocate(sizes, run.path, alone)
         if extents is None:

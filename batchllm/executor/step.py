@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .kv_pool import Extent
+from batchllm.executor.kv_pool import Extent
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .kv_pool import Extent
-from .step import Chunk, Sample, SharedRead, StepBatch
+from batchllm.executor.kv_pool import Extent
+from batchllm.executor.step import Chunk, Sample, SharedRead, StepBatch
 
 Ancestor = tuple[int, Extent, int, int]  # node, extent, absolute start, length
 
@@ -63,9 +63,7 @@ class StepBuilder:
 
     def build(self) -> StepBatch:
         positions = [np.arange(chunk.position, chunk.position + chunk.count) for chunk in self._chunks]
-        slots = [
-            np.arange(chunk.count) + (chunk.extent.offset + chunk.held_before) for chunk in self._chunks
-        ]
+        slots = [np.arange(chunk.count) + (chunk.extent.offset + chunk.held_before) for chunk in self._chunks]
         copy_from, copy_to = self._resolve_copies()
         return StepBatch(
             tokens=_joined(self._tokens),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..core import FinishReason, SamplingParams
+from batchllm.core import FinishReason, SamplingParams
 
 
 class StopRules:
