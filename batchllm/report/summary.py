@@ -1,0 +1,87 @@
+"""What a person wants to know when a run has ended, on a screenful."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchllm.report.metrics import RunMetrics
+
+
+def summary_text(metrics: RunMetrics, out_path: Path) -> str:
+    """At most 12 lines of at most 80 columns; only a long path makes a line longer."""
+    lines = [
+        _rows(metrics),
+        f"prompt tokens  {_prompt_tokens(metrics)}",
+        f"output tokens  {metrics.output_tokens:,}{_rate(metrics)}",
+        *_wrapped("time           ", _time(metrics)),
+        f"KV cache       {_kv(metrics)}",
+        f"memory         {_bytes(metrics.rss_peak_bytes)} at most",
+        f"answers        {_snippet(out_path)}",
+    ]
+    if metrics.rows_error:
+        lines.append("failed rows    finish_reason is 'error'; the column error says why")
+    return "\n".join(lines)
+
+
+def _rows(metrics: RunMetrics) -> str:
+    text = f"{metrics.rows_ok:,} rows answered, {metrics.rows_error:,} failed"
+    if metrics.rows_resumed:
+        text += f" ({metrics.rows_resumed:,} of them in earlier runs)"
+    return text
+
+
+def _prompt_tokens(metrics: RunMetrics) -> str:
+    if not metrics.prompt_tokens:
+        return "0"
+    text = f"{metrics.prompt_tokens:,}, computed {metrics.prompt_tokens_computed:,}"
+    if metrics.saved_fraction >= 0:
+        return f"{text} ({metrics.saved_fraction:.1%} saved by sharing)"
+    return f"{text} (more than once: KV memory was short)"
+
+
+def _rate(metrics: RunMetrics) -> str:
+    seconds = metrics.seconds.get("run", 0.0)
+    if seconds <= 0:
+        return ""
+    both = metrics.prompt_tokens + metrics.output_tokens
+    return f" ({metrics.output_tokens / seconds:,.0f}/s; {both / seconds:,.0f}/s with the prompts)"
+
+
+def _time(metrics: RunMetrics) -> list[str]:
+    stages = [f"{stage} {seconds:.1f}" for stage, seconds in metrics.seconds.items() if seconds >= 0.05]
+    total = f"{metrics.wall_seconds:.1f} s"
+    return [total + ":", *(f"{stage}," for stage in stages[:-1]), stages[-1]] if stages else [total]
+
+
+def _kv(metrics: RunMetrics) -> str:
+    text = f"{_bytes(metrics.kv_peak_bytes)} of {_bytes(metrics.kv_budget_bytes)} at most"
+    if metrics.preemptions:
+        text += f"; {metrics.preemptions:,} preemptions"
+    return text
+
+
+def _snippet(out_path: Path) -> str:
+    try:
+        shown = out_path.absolute().relative_to(Path.cwd())
+    except ValueError:
+        shown = out_path
+    return f"polars.read_parquet({(shown / '*.parquet').as_posix()!r})"
+
+
+def _wrapped(label: str, words: list[str], width: int = 80) -> list[str]:
+    lines = [label.rstrip()]
+    for word in words:
+        if len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1].ljust(len(label) - 1)} {word}"
+    return lines
+
+
+def _bytes(count: int) -> str:
+    """`812 KiB`, `3.4 GiB`."""
+    value, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:,.0f} {unit}" if unit in ("bytes", "KiB") or value >= 100 else f"{value:.1f} {unit}"
