@@ -44,8 +44,8 @@ class LengthEstimator:
             if seen is not None:
                 mine = np.asarray(params_index) == params
                 total[mine] = seen.expected_total(decoded[mine], most[mine])
-        remaining = np.minimum(np.ceil(total), most).astype(np.int64) - decoded
-        return np.maximum(remaining, 1)
+        remaining: IntArray = np.maximum(np.ceil(total).astype(np.int64) - decoded, 1)
+        return remaining
 
 
 class _RecentLengths:

@@ -58,6 +58,10 @@ def build_plan(
     the last over the planned requests. For the first request of a sequence `request_shared` is what its
     prompt has in common with the sequence started before it; for the others of that sequence it is the
     whole prompt.
+
+    The donor is the previous sibling, the one most likely to be in memory still. Where the donor itself has
+    copied at least as many tokens, its own donor holds them too: so whoever executes the plan may follow the
+    donors back to one whose tokens are computed already, instead of waiting for the sibling just before.
     """
     planned = planned_requests(prompts, requests, todo)
     distinct = distinct_prompts(prompts, requests.row[planned])

@@ -62,7 +62,7 @@ def sort_prompts(tokens: TokenArray, starts: IntArray, lengths: IntArray) -> Sor
     order = np.arange(rows, dtype=np.int64)
     lcp = np.zeros(rows, dtype=np.int64)
     active = _Active(order.copy(), order == 0, np.zeros(rows, dtype=np.int64))
-    if rows < 2:
+    if rows < 2 or len(tokens) == 0:
         return SortedPrompts(order, lcp)
     turn = 0
     while len(active.position):

@@ -147,7 +147,9 @@ def _check_copies(plan: Plan, prompts: PromptTable, spelled: list[list[int]]) ->
             assert donor == last_child[parent], "the donor is the previous sibling"
             assert plan.node_start[donor] == start
             assert copied <= plan.node_end[donor] - start, "the donor holds these tokens itself"
-            assert spelled[node][start : start + copied] == spelled[donor][start : start + copied]
+            while donor >= 0:  # every donor further back that has copied as much holds the tokens too
+                assert spelled[node][start : start + copied] == spelled[donor][start : start + copied]
+                donor = int(plan.node_donor[donor]) if plan.node_copied[donor] >= copied else -1
         last_child[parent] = node
 
 
