@@ -21,7 +21,7 @@ _COMPRESSED = re.compile(r"\.(gz|bz2|zst|lz4|br)$")
 
 @dataclass(frozen=True)
 class InputFiles:
-    """Files of one format, sorted by path. `base` is the folder below which `key=value` folders are columns."""
+    """Files of one format, sorted by path. `key=value` folders below `base` are columns."""
 
     filesystem: fs.FileSystem
     paths: tuple[str, ...]

@@ -1,7 +1,7 @@
 """CSV files as a stream of batches. A row with too many or too few cells is a faulty row.
 
-A CSV has no types, so a column is text exactly as it is in the file, except that a column of nothing but whole
-numbers, written the plain way, is int64. An empty cell is null; an empty cell in quotes is the empty text.
+A CSV has no types, so a column is text exactly as it is in the file, except that a column of nothing but
+whole numbers, written the plain way, is int64. An empty cell is null; an empty cell in quotes is empty text.
 """
 
 from __future__ import annotations

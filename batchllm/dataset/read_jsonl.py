@@ -122,7 +122,7 @@ def _text(value: object) -> str | None:
 
 
 def _array(values: list[object], field: pa.Field, faults: dict[int, RowFault]) -> pa.Array:
-    """The values as Arrow. One that does not fit the type (2^60 among fractions) becomes a null and a fault."""
+    """The values as Arrow. One that does not fit (2^60 among fractions) becomes a null and a fault."""
     try:
         return pa.array(values, type=field.type)
     except _UNFIT:

@@ -13,7 +13,7 @@ from batchllm.errors import InputError
 
 
 class ParquetReader:
-    """Columns are those of all files together: null where a file has none, numbers widened where they differ."""
+    """Columns are those of all files together: null where a file has none, numbers widened."""
 
     def __init__(self, files: InputFiles) -> None:
         options = ds.FileSystemFactoryOptions(partition_base_dir=files.base)

@@ -10,14 +10,14 @@ import pyarrow as pa
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """Why a row cannot be answered: one sentence, without a full stop, for the `error` column of the results."""
+    """Why a row cannot be answered: one sentence without a full stop, for `error` in the results."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Consecutive rows of the input. A row in `faults` is there, with nulls, so that rows keep their numbers."""
+    """Consecutive rows of the input. A row in `faults` is there, with nulls: rows keep their numbers."""
 
     data: pa.RecordBatch
     faults: Mapping[int, RowFault] = field(default_factory=dict)  # row of this batch → fault

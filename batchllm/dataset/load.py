@@ -1,0 +1,208 @@
+"""From the input to token ids, in one pass: read a batch, render it, tokenise it, append it to files.
+
+Prompts go to a token store, the id and the kept columns to an Arrow file; both are memory-mapped afterwards,
+so a job of any size needs little memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from batchllm.core import PromptTable, SamplingParams
+from batchllm.dataset.columns import check_kept_names
+from batchllm.dataset.params import RowParams
+from batchllm.dataset.prompts import Prompt, PromptPlan, PromptRenderer
+from batchllm.dataset.reader import InputData
+from batchllm.dataset.rows import RowBatch, RowFault
+from batchllm.dataset.encode import Tokenized, tokenize
+from batchllm.dataset.tokens import TokenStoreWriter, open_tokens
+from batchllm.dataset.values import with_valid_text
+from batchllm.errors import JobError
+from batchllm.job import JobSpec
+from batchllm.suggest import column_hint
+
+
+class Advances(Protocol):
+    """Whoever wants to know how far loading is."""
+
+    def advance(self, rows: int, tokens: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """The input, ready to be planned. Files in the work folder must outlive it."""
+
+    prompts: PromptTable
+    kept: pa.Table  # [rows] the id column, if the job names one, and the kept columns; memory-mapped
+    ids: pa.ChunkedArray | None  # [rows] the id column
+    read_seconds: float  # reading, rendering and writing
+    tokenize_seconds: float
+
+
+def validate_columns(job: JobSpec, schema: pa.Schema) -> None:
+    """Raises JobError when the job names a column that is not there. Nothing has been written by then.
+
+    An input without any column has no rows either (an empty JSON lines file) and suits every job.
+    """
+    if not schema.names:
+        return
+    named = {f"generate.{name}.column": column for name, column in job.generate.columns.items()}
+    if job.input.id is not None:
+        named["input.id"] = job.input.id
+    if job.output.keep != "all":
+        named |= {f"output.keep[{number}]": name for number, name in enumerate(job.output.keep)}
+    for key, name in named.items():
+        if name not in schema.names:
+            hint = column_hint(name, schema.names)
+            raise JobError(f"{job.source}: {key}: there is no column `{name}`; {hint}")
+    has_samples = job.generate.n != 1
+    try:
+        check_kept_names(_kept_columns(job, schema), has_samples, job.generate.logprobs is not False)
+    except JobError as error:
+        raise JobError(f"{job.source}: {error}") from None
+    PromptPlan(job.prompt, schema, job.source)
+
+
+def load_rows(
+    job: JobSpec, input_data: InputData, tokenizer: Any, work_dir: Path, progress: Advances | None = None
+) -> LoadedRows:
+    """Every row as token ids or as a fault, in input order. Raises UserError before anything is written.
+
+    Faults are kept per row and never raised. `work_dir` exists, and files of an earlier load in it are replaced.
+    """
+    validate_columns(job, input_data.schema)
+    started = time.perf_counter()
+    loader = _Loader(job, input_data.schema, tokenizer)
+    tokens_path, kept_path = work_dir / "prompts.tokens", work_dir / "kept.arrow"
+    with (
+        TokenStoreWriter(tokens_path) as store,
+        pa.OSFile(str(kept_path), "wb") as kept_file,
+        pa.ipc.new_file(kept_file, loader.kept_schema) as kept_writer,
+    ):
+        for batch in input_data.batches(columns=loader.columns):
+            tokenized = loader.load(batch)
+            store.append(tokenized.ids)
+            kept_writer.write_batch(loader.kept(batch.data))
+            if progress is not None:
+                progress.advance(batch.num_rows, sum(map(len, tokenized.ids)))
+    kept = pa.ipc.open_file(pa.memory_map(str(kept_path))).read_all()
+    seconds = time.perf_counter() - started - loader.tokenize_seconds
+    ids = None if job.input.id is None else kept.column(job.input.id)
+    return LoadedRows(loader.prompt_table(tokens_path), kept, ids, seconds, loader.tokenize_seconds)
+
+
+class _Loader:
+    """What is gathered row by row."""
+
+    def __init__(self, job: JobSpec, schema: pa.Schema, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._id = job.input.id
+        self._params = RowParams(job.generate)
+        self._params_of: list[int] = []
+        self._faults: dict[int, str] = {}
+        self.tokenize_seconds = 0.0
+        kept = _kept_columns(job, schema)
+        if not schema.names:
+            self.kept_schema = pa.schema([(name, pa.null()) for name in kept])
+            self.columns: list[str] = []
+            return
+        self._renderer = PromptRenderer(job.prompt, tokenizer, schema, job.source)
+        self.kept_schema = pa.schema([schema.field(name).with_nullable(True) for name in kept])
+        used = {*kept, *self._renderer.columns, *self._params.columns}
+        self.columns = [name for name in schema.names if name in used]
+
+    def load(self, batch: RowBatch) -> Tokenized:
+        """Token ids of each row of the batch, empty for the rows that turn out to be faulty."""
+        prompts = self._renderer.render(batch.data)
+        params = self._params.of(batch.data)
+        ids = batch.data.column(self._id) if self._id is not None else None
+        for row in range(batch.num_rows):
+            fault = batch.faults.get(row)
+            if fault is None and ids is not None and not ids[row].is_valid:
+                fault = RowFault(f"column `{self._id}` is null")
+            prompts[row] = fault or _first_fault(prompts[row], params[row])
+        started = time.perf_counter()
+        tokenized = tokenize(self._tokenizer, prompts)
+        self.tokenize_seconds += time.perf_counter() - started
+        first = len(self._params_of)
+        self._faults |= {first + row: fault.reason for row, fault in tokenized.faults.items()}
+        self._params_of += [index if isinstance(index, int) else 0 for index in params]
+        return tokenized
+
+    def kept(self, data: pa.RecordBatch) -> pa.RecordBatch:
+        if not self.kept_schema.names:
+            return data.select([])
+        columns = [with_valid_text(data.column(name)) for name in self.kept_schema.names]
+        return pa.record_batch(columns, schema=self.kept_schema)
+
+    def prompt_table(self, tokens_path: Path) -> PromptTable:
+        tokens, offsets = open_tokens(tokens_path)
+        params_of = np.array(self._params_of, np.int32)
+        return PromptTable(tokens, offsets, self._params.params, params_of, self._faults)
+
+
+def _first_fault(prompt: Prompt | RowFault, params: int | RowFault) -> Prompt | RowFault:
+    return params if isinstance(params, RowFault) and not isinstance(prompt, RowFault) else prompt
+
+
+def _kept_columns(job: JobSpec, schema: pa.Schema) -> list[str]:
+    """The id first, then the others as the job, or the input, orders them."""
+    names = schema.names if job.output.keep == "all" else job.output.keep
+    return list(dict.fromkeys([*([job.input.id] if job.input.id else []), *names]))
+
+
+def prompts_from_list(
+    prompts: Sequence[str | Sequence[int] | Mapping[str, Any]],
+    params: SamplingParams | Sequence[SamplingParams],
+    tokenizer: Any,
+) -> PromptTable:
+    """A table of prompts that are in memory: texts, token ids, or `{prompt: ...}` / `{prompt_token_ids: ...}`.
+
+    `params` is one for all or one for each. Raises ValueError when their numbers differ and TypeError for a
+    prompt of another kind; an empty prompt is a fault of its row.
+    """
+    params_list = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(params_list) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts need as many SamplingParams or one, found {len(params_list)}"
+        )
+    index_of: dict[SamplingParams, int] = {}
+    params_of = [index_of.setdefault(item, len(index_of)) for item in params_list]
+    contents = [_content(prompt, row) for row, prompt in enumerate(prompts)]
+    empty = RowFault("the prompt is empty")
+    texts = [
+        (Prompt(content, True) if content else empty) if isinstance(content, str) else content or empty
+        for content in contents
+    ]
+    tokenized = tokenize(tokenizer, texts)
+    lengths = np.fromiter(map(len, tokenized.ids), np.int64, len(tokenized.ids))
+    tokens = np.concatenate([np.empty(0, np.int32), *(np.asarray(ids, np.int32) for ids in tokenized.ids)])
+    return PromptTable(
+        tokens,
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        tuple(index_of),
+        np.array(params_of, np.int32),
+        {row: fault.reason for row, fault in tokenized.faults.items()},
+    )
+
+
+def _content(prompt: str | Sequence[int] | Mapping[str, Any], row: int) -> str | list[int]:
+    value: Any = prompt
+    if isinstance(prompt, Mapping):
+        value = prompt.get("prompt_token_ids") or prompt.get("prompt")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence | np.ndarray) and all(
+        isinstance(token, int | np.integer) for token in value
+    ):
+        ids = [int(token) for token in value]
+        if all(0 <= token < 2**31 for token in ids):
+            return ids
+    raise TypeError(f"prompt {row} must be text or a list of token ids, found {type(prompt).__name__}")

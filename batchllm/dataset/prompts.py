@@ -1,0 +1,141 @@
+"""From the rows of a batch to prompt texts, as the job's `prompt` section says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from batchllm.dataset.messages import clean_messages, parse_messages
+from batchllm.dataset.rows import RowFault
+from batchllm.dataset.templates import RowTemplate
+from batchllm.dataset.values import is_text, python_values
+from batchllm.errors import JobError, ModelError
+from batchllm.job import PromptSpec
+from batchllm.suggest import column_hint
+
+Values = dict[str, object]
+_FIXED_ARGS = ("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length")
+
+
+class Prompt(NamedTuple):
+    text: str
+    add_special_tokens: bool  # False for a conversation: its chat template has written them
+
+
+class PromptRenderer:
+    """Renders batches whose columns include `columns`. Raises JobError or ModelError when made, never later."""
+
+    def __init__(self, prompt: PromptSpec, tokenizer: Any, schema: pa.Schema, source: str = "job") -> None:
+        self._plan = PromptPlan(prompt, schema, source)
+        self._tokenizer = tokenizer
+        self._template_args = {"add_generation_prompt": True, **prompt.template_args, "tokenize": False}
+        has_template = tokenizer.chat_template or prompt.template_args.get("chat_template")
+        self._no_chat = None if has_template else RowFault("the model's tokenizer has no chat template")
+        if self._plan.is_chat and self._no_chat:
+            key = "prompt.messages" if prompt.messages else "prompt.column"
+            raise ModelError(
+                f"{source}: {key} needs a chat template and the model's tokenizer has none; "
+                f"write the prompt with prompt.text, or give prompt.template_args.chat_template"
+            )
+        self.columns = self._plan.columns
+
+    def render(self, batch: pa.RecordBatch) -> list[Prompt | RowFault]:
+        """One prompt or fault per row."""
+        return [self._prompt(values) for values in self._plan.row_values(batch)]
+
+    def _prompt(self, values: Values | RowFault) -> Prompt | RowFault:
+        content = values if isinstance(values, RowFault) else self._plan.content(values)
+        if isinstance(content, RowFault):
+            return content
+        is_chat = isinstance(content, list)
+        text = self._chat(content) if isinstance(content, list) else content
+        if isinstance(text, RowFault):
+            return text
+        return Prompt(text, not is_chat) if text else RowFault("the prompt is empty")
+
+    def _chat(self, messages: list[Any]) -> str | RowFault:
+        if self._no_chat:
+            return self._no_chat
+        cleaned = clean_messages(messages)
+        if isinstance(cleaned, RowFault):
+            return cleaned
+        try:
+            return str(self._tokenizer.apply_chat_template(cleaned, **self._template_args))
+        except Exception as error:  # a chat template refuses what it does not like, each in its own way
+            return RowFault(f"chat template: {error or type(error).__name__}")
+
+
+class PromptPlan:
+    """What a `prompt` section reads and makes of a row: a text, or a conversation. Knows no tokenizer."""
+
+    def __init__(self, prompt: PromptSpec, schema: pa.Schema, source: str) -> None:
+        fixed = next((name for name in _FIXED_ARGS if name in prompt.template_args), None)
+        if fixed is not None:
+            raise JobError(f"{source}: prompt.template_args.{fixed} cannot be set; remove it")
+        self._column = prompt.column
+        self._roles: list[str] | None = None
+        self._templates: list[RowTemplate] = []
+        self.is_chat = prompt.messages is not None
+        if prompt.column is not None:
+            self.is_chat = _is_conversation(prompt.column, schema, f"{source}: prompt.column")
+            self.columns: tuple[str, ...] = (prompt.column,)
+            self._nullable: frozenset[str] = frozenset()
+            return
+        if prompt.messages is None:
+            self._templates = [RowTemplate(prompt.text or "", schema.names, f"{source}: prompt.text")]
+        else:
+            self._roles = [message.role for message in prompt.messages]
+            self._templates = [
+                RowTemplate(message.content, schema.names, f"{source}: prompt.messages[{number}].content")
+                for number, message in enumerate(prompt.messages)
+            ]
+        self.columns = tuple(sorted({name for template in self._templates for name in template.columns}))
+        self._nullable = _nullable(self._templates)
+
+    def row_values(self, batch: pa.RecordBatch) -> Iterator[Values | RowFault]:
+        """The values of `columns` of each row, or the first fault among them."""
+        if not self.columns:
+            yield from ({} for _ in range(batch.num_rows))
+            return
+        values = [python_values(batch.column(name), name, name in self._nullable) for name in self.columns]
+        for row in zip(*values):
+            fault = next((value for value in row if isinstance(value, RowFault)), None)
+            yield dict(zip(self.columns, row)) if fault is None else fault
+
+    def content(self, values: Values) -> str | list[Any] | RowFault:
+        """A text to send as it is, or a list of messages."""
+        if self._column is not None:
+            value = values[self._column]
+            return value if isinstance(value, list) else parse_messages(str(value)) or str(value)
+        texts = [template.render(values) for template in self._templates]
+        fault = next((text for text in texts if isinstance(text, RowFault)), None)
+        if fault is not None:
+            return fault
+        if self._roles is None:
+            return texts[0]
+        return [{"role": role, "content": text} for role, text in zip(self._roles, texts)]
+
+
+def _is_conversation(column: str, schema: pa.Schema, where: str) -> bool:
+    """Whether the column holds lists of messages. Text is decided row by row: it may be such a list in JSON."""
+    if column not in schema.names:
+        raise JobError(f"{where}: there is no column `{column}`; {column_hint(column, schema.names)}")
+    type_ = schema.field(column).type
+    if is_text(type_) or pa.types.is_null(type_):
+        return False
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_)
+    if is_list and pa.types.is_struct(type_.value_type):
+        names = {field.name for field in type_.value_type}
+        if {"role", "content"} <= names:
+            return True
+    raise JobError(f"{where}: `{column}` holds {type_}, and a prompt is text or a list of {{role, content}}")
+
+
+def _nullable(templates: Sequence[RowTemplate]) -> frozenset[str]:
+    """Columns that may be null: every template that reads one is prepared for it."""
+    reads_unprepared = {
+        name for template in templates for name in template.columns if name not in template.nullable
+    }
+    return frozenset(name for template in templates for name in template.nullable) - reads_unprepared

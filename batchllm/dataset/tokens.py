@@ -1,0 +1,58 @@
+"""The token store: all prompts of a job in one flat file of int32, and where each begins. Read memory-mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from batchllm.core import IntArray, TokenArray
+
+_OFFSETS = ".offsets.npy"
+
+
+class TokenStoreWriter:
+    """Appends prompts in row order. The store can be opened once the writer is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._lengths: list[np.ndarray] = []
+
+    def append(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Add one prompt after the other; an empty one stands for a row without a prompt."""
+        lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
+        self._lengths.append(lengths)
+        tokens = np.fromiter(chain.from_iterable(prompts), np.int32, int(lengths.sum()))
+        self._file.write(tokens.data)
+
+    def close(self) -> None:
+        """Write the offsets. Closing twice is allowed."""
+        if self._file.closed:
+            return
+        self._file.close()
+        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]))
+        np.save(_offsets_path(self._path), offsets)
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_tokens(path: Path) -> tuple[TokenArray, IntArray]:
+    """(tokens [total], offsets [rows + 1]) of a closed store; the tokens are memory-mapped, read-only."""
+    offsets = np.load(_offsets_path(path))
+    if offsets[-1] == 0:  # an empty file cannot be mapped
+        return np.empty(0, np.int32), offsets
+    return np.memmap(path, np.int32, mode="r", shape=(int(offsets[-1]),)), offsets
+
+
+def _offsets_path(path: Path) -> Path:
+    return path.with_name(path.name + _OFFSETS)
