@@ -66,7 +66,8 @@ def sort_prompts(tokens: TokenArray, starts: IntArray, lengths: IntArray) -> Sor
         return SortedPrompts(order, lcp)
     turn = 0
     while len(active.position):
-        block = _block_width(len(active.position))
+        longest = int((lengths[order[active.position]] - active.depth).max())
+        block = _block_width(len(active.position), longest)
         leader = _leaders(active.head, turn)
         compared = _compare(tokens, starts, lengths, order, active, leader, block)
         active = _split(compared, order, lcp, lengths, active, leader, block)
@@ -74,10 +75,10 @@ def sort_prompts(tokens: TokenArray, starts: IntArray, lengths: IntArray) -> Sor
     return SortedPrompts(order, lcp)
 
 
-def _block_width(active: int) -> int:
-    """Wider blocks for fewer rows: a round always gathers enough to be worth its fixed cost."""
+def _block_width(active: int, longest: int) -> int:
+    """Wider blocks for fewer rows: a round gathers enough to be worth its fixed cost, if there is as much."""
     width = _MIN_BLOCK
-    while width < _MAX_BLOCK and width * active < _SLICE_TOKENS:
+    while width < min(_MAX_BLOCK, longest) and width * active < _SLICE_TOKENS:
         width *= 2
     return width
 

@@ -61,6 +61,16 @@ def prompt_of(prompts: PromptTable, row: int) -> tuple[int, ...]:
     return tuple(prompts.tokens[prompts.offsets[row] : prompts.offsets[row + 1]].tolist())
 
 
+def spelled_nodes(plan: Plan, prompts: PromptTable, shared: bool = False) -> list[list[int]]:
+    """The tokens on the path to each node (each shared node), end to end."""
+    spelled: list[list[int]] = []
+    for node, parent in enumerate(plan.node_parent.tolist()):
+        own = prompt_of(prompts, int(plan.node_row[node]))[plan.node_start[node] : plan.node_end[node]]
+        assert len(own) == plan.node_end[node] - plan.node_start[node]
+        spelled.append((spelled[parent] if parent >= 0 else []) + list(own))
+    return [s for s, q in zip(spelled, plan.node_sequence) if q < 0] if shared else spelled
+
+
 def trie_edges(rows: Sequence[Sequence[int]]) -> int:
     """Size of the uncompressed trie: the number of different non-empty prefixes."""
     return len({tuple(row[:i]) for row in rows for i in range(1, len(row) + 1)})
@@ -123,12 +133,8 @@ def _check_requests(plan: Plan, prompts: PromptTable, requests: RequestTable, pl
 
 
 def _check_prompts(plan: Plan, prompts: PromptTable, requests: RequestTable) -> list[list[int]]:
-    """Every prompt is the concatenation of its path; returns each sequence's prompt by its path of tokens."""
-    spelled: list[list[int]] = []
-    for node, parent in enumerate(plan.node_parent.tolist()):
-        own = prompt_of(prompts, int(plan.node_row[node]))[plan.node_start[node] : plan.node_end[node]]
-        assert len(own) == plan.node_end[node] - plan.node_start[node]
-        spelled.append((spelled[parent] if parent >= 0 else []) + list(own))
+    """Every prompt is the concatenation of its path; returns the tokens on the path to each node."""
+    spelled = spelled_nodes(plan, prompts)
     for s, leaf in enumerate(plan.sequence_node.tolist()):
         for q in plan.request[plan.request_ptr[s] : plan.request_ptr[s + 1]]:
             assert tuple(spelled[leaf]) == prompt_of(prompts, int(requests.row[q]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from planner_oracle import common_prefix, random_rows, trie_edges
 
@@ -23,8 +25,10 @@ def test_random_tries():
     for _ in range(600):
         made = random_rows(rng, int(rng.integers(0, 12)), int(rng.integers(1, 4)), int(rng.integers(1, 10)))
         rows = sorted({tuple(row) for row in made if row})
-        lcp = [0, *(common_prefix(a, b) for a, b in zip(rows, rows[1:]))][: len(rows)]
-        tree = build_prefix_tree(np.array(lcp, dtype=np.int64), np.array([len(row) for row in rows], np.int64))
+        lcp = [0, *(common_prefix(a, b) for a, b in pairwise(rows))][: len(rows)]
+        tree = build_prefix_tree(
+            np.array(lcp, dtype=np.int64), np.array([len(row) for row in rows], np.int64)
+        )
         check_tree(tree, rows)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def check_sorted(rows: list[list[int]]) -> None:
     order, lcp = sort_prompts(tokens, np.cumsum(lengths) - lengths, lengths)
     expected = sorted(range(len(rows)), key=lambda i: (rows[i], i))
     assert order.tolist() == expected
-    between = [common_prefix(rows[a], rows[b]) for a, b in zip(expected, expected[1:])]
+    between = [common_prefix(rows[a], rows[b]) for a, b in pairwise(expected)]
     assert lcp.tolist() == [0, *between][: len(rows)]
 
 
