@@ -1,0 +1,21 @@
+"""Loads the tokenizer that lies beside a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from batchllm.errors import ModelError
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of a model folder or hub id. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model.path: {path} has no tokenizer that can be loaded ({reason}); save the model's tokenizer into it "
+            f"with tokenizer.save_pretrained."
+        ) from None
