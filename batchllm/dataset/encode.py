@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from batchllm.dataset.files import first_line
 from batchllm.dataset.prompts import Prompt
 from batchllm.dataset.rows import RowFault
 
@@ -28,12 +29,13 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt | RowFault | Sequence[int]
     ids: list[Sequence[int]] = [() if isinstance(prompt, Prompt | RowFault) else prompt for prompt in prompts]
     faults = {row: prompt for row, prompt in enumerate(prompts) if isinstance(prompt, RowFault)}
     for special in (True, False):
-        rows = [
-            row for row, p in enumerate(prompts) if isinstance(p, Prompt) and p.add_special_tokens is special
-        ]
-        for call in _calls(rows, prompts):
-            texts = [prompts[row].text for row in call]
-            for row, result in zip(call, _encode(tokenizer, texts, special)):
+        texts = {
+            row: prompt.text
+            for row, prompt in enumerate(prompts)
+            if isinstance(prompt, Prompt) and prompt.add_special_tokens is special
+        }
+        for rows in _calls(texts):
+            for row, result in zip(rows, _encode(tokenizer, [texts[row] for row in rows], special)):
                 if isinstance(result, RowFault):
                     faults[row] = result
                 else:
@@ -41,12 +43,13 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt | RowFault | Sequence[int]
     return Tokenized(ids, faults)
 
 
-def _calls(rows: list[int], prompts: Sequence[Any]) -> Iterator[list[int]]:
+def _calls(texts: Mapping[int, str]) -> Iterator[list[int]]:
+    """The rows, divided so that no call gets much more than its share of characters."""
     call: list[int] = []
     characters = 0
-    for row in rows:
+    for row, text in texts.items():
         call.append(row)
-        characters += len(prompts[row].text)
+        characters += len(text)
         if characters >= _CALL_CHARACTERS:
             yield call
             call, characters = [], 0
@@ -57,12 +60,8 @@ def _calls(rows: list[int], prompts: Sequence[Any]) -> Iterator[list[int]]:
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[Sequence[int] | RowFault]:
     try:
         encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    except Exception as error:  # tokenizers raise what they like, on text with half a surrogate pair for one
-        if len(texts) == 1:
-            return [
-                RowFault(
-                    f"the prompt cannot be tokenised: {str(error).splitlines()[0] if str(error) else error!r}"
-                )
-            ]
-        return [_encode(tokenizer, [text], special)[0] for text in texts]
+    except Exception as error:  # tokenizers raise what they like, on half a surrogate pair for one
+        if len(texts) > 1:
+            return [_encode(tokenizer, [text], special)[0] for text in texts]
+        return [RowFault(f"the prompt cannot be tokenised: {first_line(error)}")]
     return [ids or RowFault("the prompt has no tokens") for ids in encoded["input_ids"]]

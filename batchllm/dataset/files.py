@@ -54,7 +54,7 @@ def find_files(path: str, format: str) -> InputFiles:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an Arrow error, which may go on for many lines."""
+    """The message of an error, which may go on for many lines, in one."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -108,7 +108,8 @@ def _files_below(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
 
 
 def _children(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
-    return filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    found: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    return found
 
 
 def _hidden(name: str) -> bool:

@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from batchllm.core import PromptTable, SamplingParams
 from batchllm.dataset.columns import check_kept_names
+from batchllm.dataset.encode import Tokenized, tokenize
 from batchllm.dataset.params import RowParams
 from batchllm.dataset.prompts import Prompt, PromptPlan, PromptRenderer
 from batchllm.dataset.reader import InputData
 from batchllm.dataset.rows import RowBatch, RowFault
-from batchllm.dataset.encode import Tokenized, tokenize
 from batchllm.dataset.tokens import TokenStoreWriter, open_tokens
 from batchllm.dataset.values import with_valid_text
 from batchllm.errors import JobError

@@ -7,7 +7,7 @@ whole numbers, written the plain way, is int64. An empty cell is null; an empty 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -19,6 +19,8 @@ from batchllm.dataset.rows import RowBatch, RowFault, no_columns
 from batchllm.errors import InputError
 
 _BLOCK_BYTES = 16 << 20  # no row can be longer
+Report = Callable[[csv.InvalidRow], str]
+
 _WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"
 
 
@@ -98,7 +100,7 @@ def _header(files: InputFiles, path: str) -> list[str]:
     with files.filesystem.open_input_stream(path) as stream:
         try:
             options = csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)
-            names = csv.open_csv(stream, options, _parse_options(lambda row: "skip")).schema.names
+            names: list[str] = csv.open_csv(stream, options, _parse_options(lambda row: "skip")).schema.names
         except pa.ArrowInvalid as error:
             if "Empty CSV file" in str(error):
                 return []
@@ -109,7 +111,9 @@ def _header(files: InputFiles, path: str) -> list[str]:
     return names
 
 
-def _open(files, path, names, columns, report) -> Iterator[pa.RecordBatch]:
+def _open(
+    files: InputFiles, path: str, names: list[str], columns: list[str] | None, report: Report
+) -> Iterator[pa.RecordBatch]:
     if not names:
         return
     convert = csv.ConvertOptions(
@@ -126,7 +130,7 @@ def _open(files, path, names, columns, report) -> Iterator[pa.RecordBatch]:
         yield from csv.open_csv(stream, read, _parse_options(report), convert)
 
 
-def _parse_options(report) -> csv.ParseOptions:
+def _parse_options(report: Report) -> csv.ParseOptions:
     return csv.ParseOptions(newlines_in_values=True, invalid_row_handler=report)
 
 

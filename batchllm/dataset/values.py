@@ -22,7 +22,7 @@ def is_text(type_: pa.DataType) -> bool:
 def python_values(column: pa.Array, name: str, nullable: bool = False) -> list[object]:
     """The value of each row, or the RowFault it causes. Binary columns are text in UTF-8."""
     try:
-        values = column.to_pylist()
+        values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
         values = [_value(scalar, name) for scalar in column]
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):

@@ -1,0 +1,109 @@
+"""The `batchllm` command. Thin: it reads arguments, calls the pipeline and turns what happens into an exit code.
+
+0 every row answered    3 finished, some rows failed    2 job file or arguments wrong, nothing written
+130 interrupted, everything finished so far is kept     1 a fault of ours
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+# Everything else is imported where it is used: help and wrong arguments must not wait for torch.
+
+EXIT_OK, EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+_INTERRUPTED = "interrupted; run the same command again to go on"
+
+
+def _print_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from batchllm.versions import batchllm_version
+
+        click.echo(f"batchllm {batchllm_version()}")
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """Offline batch inference for LLMs: every prompt is known before the first token is computed."""
+
+
+@cli.command()
+@click.argument("job", type=click.Path())
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value of the job file, for example engine.kv_memory=1GiB. Can be given many times.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the results of another job in the output folder.")
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Answer only the first N rows.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def run(job: str, overrides: Sequence[str], overwrite: bool, limit: int | None, quiet: bool) -> int:
+    """Answer every row of the input of JOB, a YAML file.
+
+    Running the same command again goes on where an interrupted run stopped.
+    """
+    from batchllm.job import load_job
+
+    limits = [] if limit is None else [f"input.limit={limit}"]
+    spec = load_job(job, [*overrides, *limits])
+
+    from batchllm.pipeline import run_job
+
+    summary = run_job(spec, overwrite=overwrite, quiet=quiet)
+    if not quiet:
+        click.echo(summary.text)
+    if summary.exit_code == EXIT_INTERRUPTED:
+        click.echo(_INTERRUPTED, err=True)
+    return summary.exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and leave the process with its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
+    from batchllm.errors import UserError
+
+    try:
+        code = cli.main(args=arguments, prog_name="batchllm", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_OK
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        return EXIT_USER
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(_INTERRUPTED, err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()
+        click.echo(f"error: a fault in batchllm, not in your job: {error or type(error).__name__}", err=True)
+        return EXIT_FAULT
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """SIGTERM, as sent by a scheduler that wants the machine back, is Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()
