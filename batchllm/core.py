@@ -94,7 +94,9 @@ class Plan:
     """
 
     node_parent: NDArray[np.int32]  # [nodes] -1: no parent
-    node_start: NDArray[np.int32]  # [nodes] position of the first own token in the prompt (= end of the parent)
+    node_start: NDArray[
+        np.int32
+    ]  # [nodes] position of the first own token in the prompt (= end of the parent)
     node_end: NDArray[np.int32]  # [nodes] one past the last own prompt token
     node_row: IntArray  # [nodes] a row whose prompt contains these tokens
     node_donor: NDArray[np.int32]  # [nodes] -1: none
@@ -105,7 +107,9 @@ class Plan:
     sequence_params: NDArray[np.int32]  # [sequences] index into PromptTable.params
     request_ptr: IntArray  # [sequences + 1] CSR into `request`
     request: IntArray  # indices into RequestTable answered by each sequence; the first one names it
-    request_shared: IntArray  # [requests of the RequestTable] prompt tokens taken from another's work (0 if not planned)
+    request_shared: (
+        IntArray  # [requests of the RequestTable] prompt tokens taken from another's work (0 if not planned)
+    )
     stats: PlanStats
 
     @property

@@ -45,12 +45,18 @@ def replace_durably(temporary: Path, path: Path) -> None:
         sync_folder(path.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces the file at `path` atomically. Two processes must not write the same path at once."""
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
+    """Replaces the file at `path` atomically. Two processes must not write the same path at once.
+
+    Not `durable`: faster, and a power cut may leave the file empty or old, which its readers must bear.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path):
             temporary.write_bytes(data)
+            if not durable:
+                os.replace(temporary, path)
+                return
         replace_durably(temporary, path)
     except WriteFailed:
         with contextlib.suppress(OSError):
@@ -58,8 +64,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="replace"))
+def write_json(path: Path, value: Mapping[str, Any], durable: bool = True) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode(errors="replace"), durable)
 
 
 def sync_file(path: Path) -> None:

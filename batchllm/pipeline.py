@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +15,25 @@ import numpy as np
 from batchllm.answers import answers_of, error_of, faults_of
 from batchllm.core import Plan, PlanStats, PromptTable, RequestTable
 from batchllm.dataset.keys import make_requests
-from batchllm.dataset.load import LoadedRows, load_rows, validate_columns
+from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, check_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
+from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import check_model_folder, fingerprint
 from batchllm.job import JobSpec
+from batchllm.limits import longest_sequence, refuse_long_prompts
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.report.metrics import RunMetrics, write_metrics
-from batchllm.report.progress import Progress
+from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
 from batchllm.report.summary import summary_text
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from batchllm.executor.engine import EngineStats
+    from batchllm.executor.engine import Engine, EngineStats
     from batchllm.executor.gate import LengthLimit
     from batchllm.executor.model import ModelRunner
 
@@ -57,14 +59,20 @@ class RunSummary:
 
 
 @dataclass
-class _Totals:
-    """What the metrics are made from, filled in as the stages go by."""
+class _Run:
+    """What the stages of one run share, and what its metrics are made from."""
 
+    job: JobSpec
+    tokenizer: Any
+    progress: Progress
+    watch: Stopwatch
+    prompts: PromptTable
+    requests: RequestTable
+    store: ResultStore
     plan: PlanStats = _NOTHING
     engine: EngineStats | None = None
     kv_token_bytes: int = 0
     kv_budget_bytes: int = 0
-    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> RunSummary:
@@ -72,7 +80,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
 
     Ctrl-C keeps every answer found so far; the same call then goes on from there.
     """
-    totals, progress = _Totals(), Progress(quiet=quiet)
+    progress, watch = Progress(quiet=quiet), Stopwatch()
     config, limit = _check_model(job)
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     data = open_input(job.input)
@@ -80,16 +88,15 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
     check_output(job.output.path, identity, overwrite)
 
-    with ExitStack() as cleanup:
-        work_dir = cleanup.enter_context(_work_dir(job.output.path))
-        with totals.watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
+    with _work_dir(job.output.path) as work_dir:
+        with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, work_dir, stage)
-        prompts = _refuse_long_prompts(rows.prompts, config)
-        _check_lengths(prompts, limit, config)
+        prompts = refuse_long_prompts(rows.prompts, _max_length(config))
+        check_lengths(limit, longest_sequence(prompts), config.model_type)
         configuration = _configuration(job)
         ids = rows.kept.column(job.input.id) if job.input.id else None
         requests = make_requests(prompts, ids, configuration)
-        store = ResultStore.open(
+        with ResultStore.open(
             job.output.path,
             identity,
             requests,
@@ -101,97 +108,89 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
             overwrite=overwrite,
-        )
-        cleanup.enter_context(store)
-        for note in store.notes:
-            progress.note(note)
-        interrupted = False
-        try:
-            _answer_all(job, prompts, requests, store, tokenizer, progress, totals)
-            with totals.watch.time("write"):
-                store.finish()
-        except KeyboardInterrupt:
-            interrupted = True
-            store.flush()
-        return _summary(job, store, rows, totals, interrupted)
+        ) as store:
+            run = _Run(job, tokenizer, progress, watch, prompts, requests, store)
+            interrupted = _answer_and_finish(run)
+            return _summary(run, interrupted)
 
 
 def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None]:
     from batchllm.executor.model import load_config
 
     if job.engine.device == "cuda":
-        raise JobError(f"{job.source}: engine.device: this version runs on the CPU only; set it to cpu or auto.")
+        raise JobError(
+            f"{job.source}: engine.device: this version runs on the CPU only; set it to cpu or auto."
+        )
     check_model_folder(job.model.path, job.model.trust_remote_code)
     return load_config(job.model.path, job.model.trust_remote_code)
 
 
-def _answer_all(
-    job: JobSpec,
-    prompts: PromptTable,
-    requests: RequestTable,
-    store: ResultStore,
-    tokenizer: Any,
-    progress: Progress,
-    totals: _Totals,
-) -> None:
+def _answer_and_finish(run: _Run) -> bool:
+    """Returns whether Ctrl-C ended it early."""
+    for note in run.store.notes:
+        run.progress.note(note)
+    try:
+        _answer_all(run)
+        with run.watch.time("write"):
+            run.store.finish()
+    except KeyboardInterrupt:
+        run.store.flush()
+        return True
+    return False
+
+
+def _answer_all(run: _Run) -> None:
     """Adds an answer for every request that has none yet."""
+    job, store, prompts, requests = run.job, run.store, run.prompts, run.requests
     store.add(faults_of(~store.done, prompts, requests))
     if store.done.all():
         return
     from batchllm.executor.budget import kv_token_budget, too_long
 
-    with totals.watch.time("load"):
+    with run.watch.time("load"):
         model = _load_model(job)
     kv_tokens = kv_token_budget(model, job.engine.kv_memory)
     hopeless, reason = too_long(prompts, requests, ~store.done, kv_tokens)
     store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
-    with totals.watch.time("plan"), progress.stage("planning", int((~store.done).sum())) as stage:
+    with run.watch.time("plan"), run.progress.stage("planning", int((~store.done).sum())) as stage:
         plan = build_plan(prompts, requests, ~store.done, _plan_options(job))
         stage.advance(plan.stats.requests, plan.stats.prompt_tokens)
-    totals.plan = plan.stats
+    run.plan = plan.stats
     if plan.num_sequences:
-        _execute(job, model, plan, prompts, requests, store, tokenizer, kv_tokens, progress, totals)
+        _execute(run, model, plan, kv_tokens)
 
 
-def _execute(
-    job: JobSpec,
-    model: ModelRunner,
-    plan: Plan,
-    prompts: PromptTable,
-    requests: RequestTable,
-    store: ResultStore,
-    tokenizer: Any,
-    kv_tokens: int,
-    progress: Progress,
-    totals: _Totals,
-) -> None:
+def _execute(run: _Run, model: ModelRunner, plan: Plan, kv_tokens: int) -> None:
     """Runs the plan and writes answers as they come."""
     from batchllm.executor.budget import engine_options
     from batchllm.executor.engine import Engine
     from batchllm.executor.kv_pool import bytes_per_token
     from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 
-    rules = StopRules(end_of_sequence_ids(model.model.generation_config, tokenizer), tokenizer)
-    options = engine_options(plan, prompts, kv_tokens, job.engine.max_step_tokens)
-    engine = Engine(model, plan, prompts, requests, rules, options)
-    totals.engine = engine.stats
-    totals.kv_token_bytes = bytes_per_token(model.layers, model.dtype)
-    totals.kv_budget_bytes = kv_tokens * totals.kv_token_bytes
-    saved = 1.0 - plan.stats.planned_tokens / max(1, plan.stats.prompt_tokens)
-    done = int(store.done.sum())
-    with totals.watch.time("run"), progress.stage("running", len(requests), done) as stage:
+    rules = StopRules(end_of_sequence_ids(model.model.generation_config, run.tokenizer), run.tokenizer)
+    options = engine_options(plan, run.prompts, kv_tokens, run.job.engine.max_step_tokens)
+    engine = Engine(model, plan, run.prompts, run.requests, rules, options)
+    run.engine = engine.stats
+    run.kv_token_bytes = bytes_per_token(model.layers, model.dtype)
+    run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
+    done = int(run.store.done.sum())
+    with run.watch.time("run"), run.progress.stage("running", len(run.requests), done) as stage:
         for finished in engine.run():
-            answers = answers_of(finished, plan, prompts, requests)
+            answers = answers_of(finished, plan, run.prompts, run.requests)
             done += len(answers)
-            with totals.watch.time("write"):
-                store.add(answers)
-            stage.update(
-                rows_done=done,
-                prompt_tokens_done=engine.stats.prompt_tokens_computed,
-                output_tokens=engine.stats.output_tokens,
-                kv_used_fraction=engine.stats.kv_tokens_used / options.kv_tokens,
-                saved_fraction=saved,
-            )
+            with run.watch.time("write"):
+                run.store.add(answers)
+            _show(stage, done, engine, options.kv_tokens, plan.stats)
+
+
+def _show(stage: Stage, done: int, engine: Engine, kv_tokens: int, plan: PlanStats) -> None:
+    stage.update(
+        rows_done=done,
+        prompt_tokens_done=engine.stats.prompt_tokens_computed,
+        output_tokens=engine.stats.output_tokens,
+        kv_used_fraction=engine.stats.kv_tokens_used / kv_tokens,
+        saved_fraction=1.0 - plan.planned_tokens / max(1, plan.prompt_tokens),
+    )
 
 
 def _load_model(job: JobSpec) -> ModelRunner:
@@ -206,7 +205,8 @@ def _load_model(job: JobSpec) -> ModelRunner:
 def _plan_options(job: JobSpec) -> PlanOptions:
     shortest = job.engine.min_shared_tokens
     return PlanOptions(
-        min_shared_tokens=shortest if isinstance(shortest, int) else _AUTO_SHARED_TOKENS, order=job.engine.order
+        min_shared_tokens=shortest if isinstance(shortest, int) else _AUTO_SHARED_TOKENS,
+        order=job.engine.order,
     )
 
 
@@ -215,29 +215,8 @@ def _configuration(job: JobSpec) -> bytes:
     return json.dumps({"model": fingerprint(job.model.path), "dtype": job.model.dtype}).encode()
 
 
-def _refuse_long_prompts(prompts: PromptTable, config: Any) -> PromptTable:
-    """A prompt that leaves no room for one output token gets a fault."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not longest:
-        return prompts
-    lengths = np.diff(prompts.offsets)
-    faults = {
-        int(row): f"the prompt has {lengths[row]:,} tokens; the model reads at most {longest - 1:,}"
-        for row in np.flatnonzero(lengths >= longest)
-    }
-    return replace(prompts, faults={**prompts.faults, **faults}) if faults else prompts
-
-
-def _check_lengths(prompts: PromptTable, limit: LengthLimit | None, config: Any) -> None:
-    """Refuses a job that is longer than what the architecture is exact for."""
-    from batchllm.executor.gate import check_lengths
-
-    if limit is None or not prompts.num_rows:
-        return
-    outputs = np.array([params.max_tokens for params in prompts.params])[prompts.params_of]
-    totals = np.diff(prompts.offsets) + outputs
-    totals[list(prompts.faults)] = 0
-    check_lengths(limit, int(totals.max()), config.model_type)
+def _max_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager
@@ -255,13 +234,10 @@ def _work_dir(output: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _summary(
-    job: JobSpec, store: ResultStore, rows: LoadedRows, totals: _Totals, interrupted: bool
-) -> RunSummary:
-    engine, plan = totals.engine, totals.plan
-    answered = int(store.done.sum())
+def _summary(run: _Run, interrupted: bool) -> RunSummary:
+    store, engine, plan, path = run.store, run.engine, run.plan, run.job.output.path
     metrics = RunMetrics(
-        rows_ok=answered - store.num_errors,
+        rows_ok=int(store.done.sum()) - store.num_errors,
         rows_error=store.num_errors,
         rows_resumed=store.num_resumed,
         prompt_tokens=plan.prompt_tokens,
@@ -269,14 +245,14 @@ def _summary(
         distinct_prompt_tokens=plan.distinct_tokens,
         output_tokens=engine.output_tokens if engine else 0,
         steps=engine.steps if engine else 0,
-        wall_seconds=totals.watch.wall_seconds,
-        seconds=totals.watch.seconds(),
-        kv_budget_bytes=totals.kv_budget_bytes,
-        kv_peak_bytes=(engine.kv_tokens_peak if engine else 0) * totals.kv_token_bytes,
+        wall_seconds=run.watch.wall_seconds,
+        seconds=run.watch.seconds(),
+        kv_budget_bytes=run.kv_budget_bytes,
+        kv_peak_bytes=(engine.kv_tokens_peak if engine else 0) * run.kv_token_bytes,
         rss_peak_bytes=rss_peak_bytes(),
         preemptions=engine.preemptions if engine else 0,
         predicted={"prompt_tokens_computed": plan.planned_tokens},
     )
-    write_metrics(job.output.path / "_run" / "metrics.json", metrics)
+    write_metrics(path / "_run" / "metrics.json", metrics)
     code = 130 if interrupted else 3 if store.num_errors else 0
-    return RunSummary(job.output.path, code, metrics, summary_text(metrics, job.output.path))
+    return RunSummary(path, code, metrics, summary_text(metrics, path))

@@ -43,7 +43,9 @@ def too_long(
     return pending & (lengths > kv_tokens), reason
 
 
-def engine_options(plan: Plan, prompts: PromptTable, kv_tokens: int, max_step_tokens: int | str) -> EngineOptions:
+def engine_options(
+    plan: Plan, prompts: PromptTable, kv_tokens: int, max_step_tokens: int | str
+) -> EngineOptions:
     """The pool is never larger than the whole job could fill."""
     step = max_step_tokens if isinstance(max_step_tokens, int) else AUTO_STEP_TOKENS
     outputs = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]

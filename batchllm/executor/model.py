@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from batchllm.errors import ModelError
 from batchllm.executor.forward_context import (
@@ -28,8 +29,8 @@ class ModelRunner:
     """A loaded model that passed the gate. `layers` is the KV shape of each layer."""
 
     def __init__(self, model: nn.Module, limit: LengthLimit | None = None):
-        self.model = model.eval()
-        self.config: Any = model.config
+        self.model: Any = model.eval()
+        self.config: Any = self.model.config
         self.text_config: Any = self.config.get_text_config()
         self.limit = limit
         self.dtype: torch.dtype = next(model.parameters()).dtype
@@ -95,6 +96,7 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
     """Loads safetensors weights and checks that this model can run exactly. Raises ModelError."""
     register()
     config, limit = load_config(path, trust_remote_code)
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

@@ -102,6 +102,6 @@ def _read_config(folder: Path) -> dict[str, object]:
 
 def _is_known(config: dict[str, object]) -> bool:
     """Whether transformers has its own code for this model, so that the folder's code is not needed."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
+    return config.get("model_type") in CONFIG_MAPPING

@@ -9,7 +9,7 @@ from torch import Tensor
 from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.forward_context import ATTENTION_NAME
 from batchllm.executor.gate import refused
-from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.kv_pool import Extent, KvPool
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.step_builder import Ancestor, StepBuilder
 
@@ -66,7 +66,7 @@ def _run_flat(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]:
     assert node is not None and leaf_a is not None and leaf_b is not None and leaf_c is not None
     above: list[Ancestor] = [(0, node, 0, _SHARED)]
     cut, middle = _SHARED // 2, _SHARED + _TAILS[0] // 2
-    steps = [
+    steps: list[list[tuple[np.ndarray, int, int, int, Extent, list[Ancestor]]]] = [
         [(first, 0, cut, 0, node, []), (alone, 0, 3, 0, leaf_c, [])],
         [(first, cut, _SHARED, 0, node, []), (first, _SHARED, middle, _SHARED, leaf_a, above)],
         [

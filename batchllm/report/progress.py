@@ -71,7 +71,7 @@ class Stage:
         if self.saved_fraction is not None:
             parts.append(f"{self.saved_fraction:.0%} {'saved' if brief else 'of prompt tokens saved'}")
         if self.kv_used_fraction is not None:
-            parts.append(f"KV {self.kv_used_fraction:.0%} full")
+            parts.append(f"KV {self.kv_used_fraction:.0%}{'' if brief else ' full'}")
         return ", ".join(parts)
 
 

@@ -1,0 +1,44 @@
+"""`batchllm.run`: a job from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchllm.job import load_job, make_job
+
+if TYPE_CHECKING:
+    from batchllm.pipeline import RunSummary
+
+
+def run(
+    job: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> RunSummary:
+    """Runs a job file, or a job given as a mapping (paths then start at the working folder).
+
+    `overrides` maps dotted keys to values: {"engine.kv_memory": "1GiB"}. Raises UserError when the job cannot
+    start. Failed rows do not raise: see `.metrics.rows_error` and the `error` column of `.table`.
+    """
+    from batchllm.pipeline import run_job
+
+    if isinstance(job, Mapping):
+        spec = make_job(_with_overrides(job, overrides or {}), Path.cwd())
+    else:
+        spec = load_job(job, overrides or {})
+    return run_job(spec, overwrite=overwrite, quiet=quiet)
+
+
+def _with_overrides(job: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in job.items()}
+    for path, value in overrides.items():
+        *sections, last = path.split(".")
+        target = merged
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = value
+    return merged

@@ -1,0 +1,233 @@
+"""`LLM`: prompts in memory in, answers out, in vLLM's offline calling convention.
+
+A script written for vLLM's `LLM(...).generate(prompts, SamplingParams(...))` moves by changing its import. What
+differs: a prompt that cannot be answered gives an output with `error` set instead of ending the call, and prompts
+are reordered and share prefixes over the whole list.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from batchllm import core
+from batchllm.answers import answers_of, error_of, faults_of
+from batchllm.core import PromptTable, RequestResult, RequestTable
+from batchllm.dataset.keys import make_requests
+from batchllm.dataset.load import prompts_from_list
+from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.executor.budget import engine_options, kv_token_budget, too_long
+from batchllm.executor.engine import Engine
+from batchllm.executor.gate import check_lengths
+from batchllm.executor.model import load_model
+from batchllm.executor.model_folder import check_model_folder
+from batchllm.executor.parity import check_parity
+from batchllm.executor.stopping import StopRules, end_of_sequence_ids
+from batchllm.job import check_params
+from batchllm.job_values import parse_bytes
+from batchllm.limits import longest_sequence, refuse_long_prompts
+from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.report.progress import Progress
+
+# What vLLM's LLM takes and has no meaning here. Named so that a script need not change, and said once.
+_WITHOUT_EFFECT = frozenset(
+    "enable_prefix_caching enable_chunked_prefill gpu_memory_utilization max_num_seqs max_model_len enforce_eager "
+    "swap_space disable_log_stats seed tokenizer_mode cpu_offload_gb block_size".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample of one prompt."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # stop, length or error
+    logprobs: tuple[float, ...] | None = None  # of each token, when asked for
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """Everything for one prompt, in the order prompts were given."""
+
+    request_id: str
+    prompt: str | None  # None when token ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+def SamplingParams(
+    n: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    max_tokens: int | None = 16,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    ignore_eos: bool = False,
+    logprobs: int | bool | None = None,
+) -> core.SamplingParams:
+    """How tokens are chosen, with vLLM's names and defaults (temperature 1.0, 16 tokens). Raises JobError.
+
+    `top_k` 0 or -1: no limit. `logprobs`: anything but None or False gives the log-probability of each token.
+    """
+    return check_params(
+        core.SamplingParams(
+            max_tokens=16 if max_tokens is None else max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=max(0, top_k),
+            min_p=min_p,
+            n=n,
+            seed=0 if seed is None else seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            stop_token_ids=tuple(stop_token_ids or ()),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs is not None and logprobs is not False,
+        )
+    )
+
+
+class LLM:
+    """A model in memory. Raises ModelError when it cannot be used or would not be exact."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        kv_memory: int | str = "auto",
+        max_step_tokens: int | str = "auto",
+        min_shared_tokens: int = 32,
+        skip_tokenizer_init: bool = False,
+        tensor_parallel_size: int = 1,
+        **others: Any,
+    ):
+        _check_others(others, tensor_parallel_size)
+        check_model_folder(str(model), trust_remote_code, need_tokenizer=not skip_tokenizer_init)
+        self._tokenizer = None if skip_tokenizer_init else load_tokenizer(str(model), trust_remote_code)
+        self._model = load_model(str(model), dtype, trust_remote_code)
+        check_parity(self._model)
+        self._kv_memory = (
+            parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
+        )
+        self._max_step_tokens = max_step_tokens
+        self._plan_options = PlanOptions(min_shared_tokens=min_shared_tokens)
+
+    def get_tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: str | Sequence[Any],
+        sampling_params: core.SamplingParams | Sequence[core.SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers all prompts: texts, lists of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
+        many = [prompts] if isinstance(prompts, str | Mapping) or _is_token_ids(prompts) else list(prompts)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        table = prompts_from_list(many, params, self._tokenizer)
+        return self._answer(many, table, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: core.SamplingParams | Sequence[core.SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or a list of them, through the model's chat template."""
+        assert self._tokenizer is not None, "chat needs a tokenizer"
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [
+            self._tokenizer.apply_chat_template(
+                list(conversation),
+                add_generation_prompt=add_generation_prompt,
+                return_dict=False,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in many
+        ]
+        return self.generate([list(ids) for ids in prompts], sampling_params, use_tqdm)
+
+    def _answer(self, many: list[Any], table: PromptTable, use_tqdm: bool) -> list[RequestOutput]:
+        prompts = refuse_long_prompts(table, self._model.max_length)
+        check_lengths(self._model.limit, longest_sequence(prompts), self._model.model_type)
+        requests = make_requests(prompts, None, b"")
+        answers: list[RequestResult | None] = [None] * len(requests)
+        with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
+            for answer in self._results(prompts, requests):
+                answers[answer.request] = answer
+                stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
+        return _outputs(many, prompts, requests, answers)
+
+    def _results(self, prompts: PromptTable, requests: RequestTable) -> Any:
+        pending = np.ones(len(requests), dtype=bool)
+        yield from faults_of(pending, prompts, requests)
+        kv_tokens = kv_token_budget(self._model, self._kv_memory)
+        hopeless, reason = too_long(prompts, requests, pending, kv_tokens)
+        yield from (error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless))
+        plan = build_plan(prompts, requests, pending & ~hopeless, self._plan_options)
+        rules = StopRules(
+            end_of_sequence_ids(self._model.model.generation_config, self._tokenizer), self._tokenizer
+        )
+        options = engine_options(plan, prompts, kv_tokens, self._max_step_tokens)
+        for finished in Engine(self._model, plan, prompts, requests, rules, options).run():
+            yield from answers_of(finished, plan, prompts, requests)
+
+
+def _outputs(
+    many: list[Any], prompts: PromptTable, requests: RequestTable, answers: Sequence[RequestResult | None]
+) -> list[RequestOutput]:
+    outputs: list[list[CompletionOutput]] = [[] for _ in many]
+    for answer in answers:
+        assert answer is not None, "a request was not answered"
+        outputs[int(requests.row[answer.request])].append(
+            CompletionOutput(
+                index=int(requests.sample[answer.request]),
+                text=answer.output or "",
+                token_ids=answer.output_tokens,
+                finish_reason=answer.finish_reason,
+                logprobs=answer.logprobs,
+                error=answer.error,
+            )
+        )
+    return [
+        RequestOutput(
+            request_id=str(row),
+            prompt=_text_of(prompt),
+            prompt_token_ids=prompts.tokens[prompts.offsets[row] : prompts.offsets[row + 1]].tolist(),
+            outputs=outputs[row],
+        )
+        for row, prompt in enumerate(many)
+    ]
+
+
+def _text_of(prompt: Any) -> str | None:
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return text if isinstance(text, str) else None
+
+
+def _is_token_ids(prompts: Sequence[Any]) -> bool:
+    return bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts)
+
+
+def _check_others(others: Mapping[str, Any], tensor_parallel_size: int) -> None:
+    unknown = sorted(set(others) - _WITHOUT_EFFECT)
+    if unknown:
+        raise TypeError(f"LLM() got an unexpected keyword argument {unknown[0]!r}")
+    if tensor_parallel_size != 1:
+        raise ValueError("tensor_parallel_size must be 1: this version runs on one device")
+    if others:
+        warnings.warn(f"{', '.join(sorted(others))}: without effect in BatchLLM", stacklevel=3)
