@@ -45,6 +45,17 @@ class _Nodes:
     is_leaf: NDArray[np.bool_]  # [nodes]
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """The requests of each sequence, sequences in execution order."""
+
+    ptr: IntArray  # [sequences + 1] CSR into `request`
+    request: IntArray
+    first_row: IntArray  # [sequences] row of the first request
+    shared: IntArray  # [requests of the RequestTable]
+    prompt_tokens: int  # of all planned requests
+
+
 def build_plan(
     prompts: PromptTable, requests: RequestTable, todo: NDArray[np.bool_], options: PlanOptions
 ) -> Plan:
@@ -75,7 +86,8 @@ def build_plan(
     decode = _expected_decode(prompts, sequences, options)
     execution = execution_order(tree, terminal, sequences.first_request, decode, options.order)
     nodes = _list_nodes(tree, kept, execution, terminal, below)
-    return _assemble(prompts, requests, planned, sequences, tree, kept, execution, nodes)
+    answers = _list_answers(prompts, requests, sequences, execution)
+    return _assemble(tree, kept, nodes, execution, answers, sequences.params)
 
 
 def _expected_decode(prompts: PromptTable, sequences: Sequences, options: PlanOptions) -> IntArray:
@@ -104,15 +116,21 @@ def _list_nodes(
     return _Nodes(trie[preorder], above[preorder], first[preorder], leaves[preorder], is_leaf[preorder])
 
 
+def _list_answers(
+    prompts: PromptTable, requests: RequestTable, sequences: Sequences, execution: Execution
+) -> _Answers:
+    count = np.diff(sequences.request_ptr)[execution.sequence]
+    request = sequences.request[take_ranges(sequences.request_ptr[execution.sequence], count)]
+    ptr = np.append(0, np.cumsum(count))
+    prompt_tokens = np.diff(prompts.offsets)[requests.row[request]]
+    shared = np.zeros(len(requests), dtype=np.int64)
+    shared[request] = prompt_tokens
+    shared[request[ptr[:-1]]] = execution.shared
+    return _Answers(ptr, request, requests.row[request[ptr[:-1]]], shared, int(prompt_tokens.sum()))
+
+
 def _assemble(
-    prompts: PromptTable,
-    requests: RequestTable,
-    planned: IntArray,
-    sequences: Sequences,
-    tree: PrefixTree,
-    kept: Kept,
-    execution: Execution,
-    nodes: _Nodes,
+    tree: PrefixTree, kept: Kept, nodes: _Nodes, execution: Execution, answers: _Answers, params: ParamsArray
 ) -> Plan:
     index_of_trie = np.full(tree.num_nodes + 1, -1, dtype=np.int64)  # the last entry answers for "none"
     shared = np.flatnonzero(~nodes.is_leaf)
@@ -120,27 +138,16 @@ def _assemble(
     parent = index_of_trie[nodes.above]
     start = np.where(nodes.above >= 0, tree.end[nodes.above], 0)
     end = tree.end[nodes.trie]
-    # The first node of a branch takes over what the sequence before it, in the sibling before it, has in
-    # common.
+    # A node that does not follow a sibling follows a sequence outside its parent: nothing in common past
+    # `start`. No node takes over all of its own tokens: prompts that end in it are executed before longer ones.
     copied = np.maximum(execution.shared[nodes.first] - start, 0)
-    copied[nodes.is_leaf] = np.minimum(copied, end - start)[nodes.is_leaf]
-    sibling = _previous_sibling(parent)
-    copied[sibling < 0] = 0
-
-    count = np.diff(sequences.request_ptr)[execution.sequence]
-    ptr = np.append(0, np.cumsum(count))
-    request = sequences.request[take_ranges(sequences.request_ptr[execution.sequence], count)]
-    first_row = requests.row[request[ptr[:-1]]]
-    prompt_tokens = np.diff(prompts.offsets)[requests.row[request]]
-    request_shared = np.zeros(len(requests), dtype=np.int64)
-    request_shared[request] = prompt_tokens
-    request_shared[request[ptr[:-1]]] = execution.shared
+    donor = np.where(copied > 0, _previous_sibling(parent), -1)
     stats = PlanStats(
-        requests=len(planned),
-        sequences=len(sequences),
+        requests=len(answers.request),
+        sequences=len(params),
         shared_nodes=len(shared),
         depth=kept.depth,
-        prompt_tokens=int(prompt_tokens.sum()),
+        prompt_tokens=answers.prompt_tokens,
         distinct_tokens=tree.distinct_tokens,
         planned_tokens=int((end - start - copied).sum()),
     )
@@ -148,16 +155,16 @@ def _assemble(
         node_parent=parent.astype(np.int32),
         node_start=start.astype(np.int32),
         node_end=end.astype(np.int32),
-        node_row=first_row[nodes.first],
-        node_donor=np.where(copied > 0, sibling, -1).astype(np.int32),
+        node_row=answers.first_row[nodes.first],
+        node_donor=donor.astype(np.int32),
         node_copied=copied.astype(np.int32),
         node_leaves=nodes.leaves.astype(np.int32),
         node_sequence=np.where(nodes.is_leaf, nodes.first, -1).astype(np.int32),
         sequence_node=np.flatnonzero(nodes.is_leaf).astype(np.int32),
-        sequence_params=sequences.params[execution.sequence].astype(np.int32),
-        request_ptr=ptr,
-        request=request,
-        request_shared=request_shared,
+        sequence_params=params[execution.sequence].astype(np.int32),
+        request_ptr=answers.ptr,
+        request=answers.request,
+        request_shared=answers.shared,
         stats=stats,
     )
 

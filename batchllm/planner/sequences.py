@@ -57,8 +57,7 @@ def distinct_prompts(prompts: PromptTable, rows: IntArray) -> Prompts:
         raise ValueError(f"row {row[length.argmin()]} has neither a prompt nor a fault")
     order, lcp = sort_prompts(prompts.tokens, start, length)
     length = length[order]
-    new = np.ones(len(row), dtype=np.bool_)
-    new[1:] = (lcp[1:] < length[1:]) | (length[1:] != length[:-1])
+    new = lcp < length  # a whole prompt in common with the one before means it is the same
     of_row = np.full(prompts.num_rows, -1, dtype=np.int64)
     of_row[row[order]] = np.cumsum(new) - 1
     return Prompts(lcp[new], length[new], of_row)

@@ -36,6 +36,12 @@ class SortedPrompts(NamedTuple):
     lcp: IntArray  # [rows] tokens that order[i - 1] and order[i] have in common from the start; lcp[0] = 0
 
 
+class _Rows(NamedTuple):
+    tokens: TokenArray
+    start: IntArray
+    length: IntArray
+
+
 class _Active(NamedTuple):
     """Rows still to be separated: ascending positions in the order, grouped."""
 
@@ -57,20 +63,20 @@ def sort_prompts(tokens: TokenArray, starts: IntArray, lengths: IntArray) -> Sor
 
     `tokens` may be memory-mapped: it is only gathered from, `_SLICE_TOKENS` at a time.
     """
-    tokens = np.asarray(tokens)
-    rows = len(starts)
-    order = np.arange(rows, dtype=np.int64)
-    lcp = np.zeros(rows, dtype=np.int64)
-    active = _Active(order.copy(), order == 0, np.zeros(rows, dtype=np.int64))
-    if rows < 2 or len(tokens) == 0:
+    rows = _Rows(np.asarray(tokens), starts, lengths)
+    count = len(starts)
+    order, lcp = np.arange(count), np.zeros(count, dtype=np.int64)
+    if count < 2 or len(tokens) == 0:
         return SortedPrompts(order, lcp)
+    active = _Active(np.arange(count), order == 0, np.zeros(count, dtype=np.int64))
     turn = 0
     while len(active.position):
-        longest = int((lengths[order[active.position]] - active.depth).max())
-        block = _block_width(len(active.position), longest)
+        row = order[active.position]
+        block = _block_width(len(row), int((lengths[row] - active.depth).max()))
         leader = _leaders(active.head, turn)
-        compared = _compare(tokens, starts, lengths, order, active, leader, block)
-        active = _split(compared, order, lcp, lengths, active, leader, block)
+        compared = _compare(rows, row, active, leader, block)
+        compared, active = _rearrange(order, lcp, compared, active, block)
+        active = _carry_on(rows, order, lcp, compared, active, block)
         turn += 1
     return SortedPrompts(order, lcp)
 
@@ -114,18 +120,9 @@ def gather_blocks(tokens: TokenArray, start: IntArray, remaining: IntArray, bloc
     return blocks
 
 
-def _compare(
-    tokens: TokenArray,
-    starts: IntArray,
-    lengths: IntArray,
-    order: IntArray,
-    active: _Active,
-    leader: IntArray,
-    block: int,
-) -> _Compared:
-    row = order[active.position]
-    start = starts[row] + active.depth
-    remaining = lengths[row] - active.depth
+def _compare(rows: _Rows, row: IntArray, active: _Active, leader: IntArray, block: int) -> _Compared:
+    start = rows.start[row] + active.depth
+    remaining = rows.length[row] - active.depth
     group = np.cumsum(active.head) - 1
     agreed = np.empty(len(row), dtype=np.int64)
     token = np.empty(len(row), dtype=np.int64)
@@ -133,12 +130,11 @@ def _compare(
     step = max(1, _SLICE_TOKENS // block)
     for low in range(0, len(row), step):
         part = slice(low, low + step)
-        mine = gather_blocks(tokens, start[part], remaining[part], block)
-        first_group = group[low]
-        lead = leader[first_group : group[part][-1] + 1]
-        theirs = gather_blocks(tokens, start[lead], remaining[lead], block)
+        mine = gather_blocks(rows.tokens, start[part], remaining[part], block)
+        lead = leader[group[low] : group[part][-1] + 1]
+        theirs = gather_blocks(rows.tokens, start[lead], remaining[lead], block)
         if len(lead) > 1:  # one leader is broadcast
-            theirs = theirs[group[part] - first_group]
+            theirs = theirs[group[part] - group[low]]
         agreed[part], token[part], before[part] = _first_difference(mine, theirs)
     return _Compared(agreed, token, before)
 
@@ -154,41 +150,43 @@ def _first_difference(mine: TokenArray, theirs: TokenArray) -> tuple[IntArray, I
     return np.where(different, agreed, mine.shape[1]), token, different & (token < other)
 
 
-def _split(
-    compared: _Compared,
-    order: IntArray,
-    lcp: IntArray,
-    lengths: IntArray,
-    active: _Active,
-    leader: IntArray,
-    block: int,
-) -> _Active:
-    """Rearrange `order` within the groups that split, set `lcp` at new borders, return what is left to do."""
+def _rearrange(
+    order: IntArray, lcp: IntArray, compared: _Compared, active: _Active, block: int
+) -> tuple[_Compared, _Active]:
+    """Bring `order` into order within the groups that split, set `lcp` and heads at their new borders."""
+    agreed, token, before = compared
     position, head, depth = active
     group = np.cumsum(head) - 1
-    uneven = np.logical_or.reduceat(compared.agreed < block, np.flatnonzero(head))
-    leader_ends = lengths[order[position[leader]]] < depth[leader] + block
-    agreed, token = compared.agreed.copy(), compared.token.copy()
-    head = head.copy()
-
+    uneven = np.logical_or.reduceat(agreed < block, np.flatnonzero(head))
     chosen = np.flatnonzero(uneven[group])
-    if len(chosen):
-        # Rows before the leader ascend in `agreed`, those after it descend: the later they part, the
-        # nearer.
-        side = np.where(compared.before | (agreed == block), agreed, 2 * block - agreed)[chosen]
-        key, ranking = _rank(group[chosen] * (2 * block + 1) + side, token[chosen])
-        order[position[chosen]] = order[position[chosen[ranking]]]
-        agreed[chosen], token[chosen] = agreed[chosen[ranking]], token[chosen[ranking]]
-        border = np.flatnonzero(key[1:] != key[:-1]) + 1
-        border = chosen[border[~head[chosen[border]]]]
-        lcp[position[border]] = depth[border] + np.minimum(agreed[border - 1], agreed[border])
-        head[border] = True
+    if len(chosen) == 0:
+        return compared, active
+    # Rows before the leader ascend in `agreed`, those after it descend: the later they part, the nearer.
+    side = np.where(before | (agreed == block), agreed, 2 * block - agreed)[chosen]
+    key, ranking = _rank(group[chosen] * (2 * block + 1) + side, token[chosen])
+    moved = np.arange(len(position))
+    moved[chosen] = chosen[ranking]
+    order[position] = order[position[moved]]
+    agreed, token, before = agreed[moved], token[moved], before[moved]
 
-    same = agreed == block
-    depth = depth + agreed + ~same
-    over = np.where(same, leader_ends[group], token == END)
+    border = chosen[1:][key[1:] != key[:-1]]
+    border = border[~head[border]]
+    lcp[position[border]] = depth[border] + np.minimum(agreed[border - 1], agreed[border])
+    head = head.copy()
+    head[border] = True
+    return _Compared(agreed, token, before), _Active(position, head, depth)
+
+
+def _carry_on(
+    rows: _Rows, order: IntArray, lcp: IntArray, compared: _Compared, active: _Active, block: int
+) -> _Active:
+    """The rows that are still to be separated, deeper. Where only twins are left, their `lcp` is set."""
+    position, head = active.position, active.head
+    depth = active.depth + compared.agreed + (compared.agreed < block)  # with the token that told them apart
+    length = rows.length[order[position]]
+    over = length < depth
     twin = over & ~head
-    lcp[position[twin]] = lengths[order[position[twin]]]
+    lcp[position[twin]] = length[twin]
     alone = head & np.append(head[1:], True)
     left = ~(over | alone)
     return _Active(position[left], head[left], depth[left])
