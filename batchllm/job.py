@@ -302,7 +302,7 @@ def _error_source(source: str, overrides: Sequence[Override]) -> Callable[[str],
     def where(path: str) -> str:
         for parts, _ in reversed(overrides):
             key = ".".join(parts)
-            if path == key or path.startswith((f"{key}.", f"{key}[")):
+            if path == key or path.startswith((f"{key}.", f"{key}[")) or key.startswith(f"{path}."):
                 return f"--set {key}"
         return source
 

@@ -71,7 +71,7 @@ def complaint(error: ErrorDetails) -> str:
         return f"must be {_EXPECTED[kind]}, found {describe(error['input'])}"
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return f"must be {words} {context[bound]}, found {describe(error['input'])}"
+        return f"must be {words} {context[bound]:g}, found {describe(error['input'])}"
     if kind == "literal_error":
         options = str(context["expected"]).replace("'", "")
         return f"must be {options}, found {describe(error['input'])}"

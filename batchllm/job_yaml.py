@@ -20,7 +20,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
+                problem = "a key must be text (a template that begins with {{ must be in quotes)"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key_node.value in seen:
                 problem = f"the key `{key_node.value}` is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
@@ -45,7 +46,9 @@ def parse_yaml(text: str, source: str) -> object:
         raise JobError(f"{where}: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise JobError(f"{source}, line {line}: the character {error.character!r} is not allowed") from None
+        raise JobError(
+            f"{source}, line {line}: the character {chr(error.character)!r} is not allowed"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise JobError(f"{source}: not valid YAML: {error}") from None
 

@@ -62,7 +62,11 @@ def _not_text(name: str) -> RowFault:
 
 def _repaired(column: pa.Array) -> pa.Array:
     """Slow, and only for batches that need it: through Python objects, with the strings read as bytes."""
-    raw = column.cast(_as_binary(column.type)).to_pylist()
+    try:
+        raw = column.cast(_as_binary(column.type)).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError):  # a rare type: what cannot be read becomes null
+        values = [_value(scalar, "") for scalar in column]
+        return pa.array([None if isinstance(value, RowFault) else value for value in values], column.type)
     return pa.array([_with_replacements(value, column.type) for value in raw], column.type)
 
 
