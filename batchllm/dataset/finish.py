@@ -26,8 +26,8 @@ import pyarrow as pa
 from batchllm.core import IntArray
 from batchllm.dataset.columns import Columns, RowReader, empty_batch
 from batchllm.dataset.folder import Folder
-from batchllm.dataset.parts import TornPart, final_name, read_answers, write_part
-from batchllm.durable import make_folder, sync_folder, write_json, writing
+from batchllm.dataset.parts import TornPart, final_name, read_answers, write_rows
+from batchllm.durable import make_folder, sync_file, sync_folder, write_json, writing
 
 _MAX_BUCKETS = 64
 _REQUEST = pa.field("request", pa.int64())
@@ -162,7 +162,9 @@ def _write_bucket(
             requests = np.arange(start, min(start + part_rows, end), dtype=np.int64)
             name = final_name(start // part_rows)
             rows = place[requests - first_request]
-            write_part(folder.final / name, folder.scratch, columns, job, requests, answers, rows)
+            with writing(folder.final / name):
+                write_rows(folder.final / name, columns, job, requests, answers, rows)
+                sync_file(folder.final / name)
             parts[name] = requests
     if path is not None:
         path.unlink()

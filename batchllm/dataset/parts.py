@@ -138,22 +138,23 @@ def write_part(
     answers: RowReader,
     rows: IntArray,
 ) -> None:
-    """Writes a part atomically: answer `rows[i]` of `answers` belongs to `requests[i]`.
-
-    `scratch` is a folder on the same file system for the unfinished file. Memory: one row group.
-    """
+    """`write_rows`, atomically. `scratch` is a folder on the same file system for the unfinished file."""
     temporary = scratch / f"{path.name}.tmp"
     try:
         with writing(path):
-            _write_file(temporary, columns, job, requests, answers, rows)
+            write_rows(temporary, columns, job, requests, answers, rows)
         replace_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write_file(
+def write_rows(
     path: Path, columns: Columns, job: str, requests: IntArray, answers: RowReader, rows: IntArray
 ) -> None:
+    """A part where nobody looks yet: answer `rows[i]` of `answers` belongs to `requests[i]`.
+
+    Memory: one row group. The file is not brought to the disk.
+    """
     digest = xxh3_64(columns.schema.serialize())
     is_error = np.zeros(len(requests), dtype=bool)
     group: list[pa.Table] = []

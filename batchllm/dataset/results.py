@@ -195,7 +195,9 @@ class ResultStore:
         }
         parts = [{"name": name, "rows": len(requests)} for name, requests in self._parts.items()]
         head = {**self._header, "updated": _now(), "status": status}
-        write_json(self._folder.manifest, {**head, "counts": counts, "parts": parts})
+        # The parts say all of it again, so a manifest that a power cut damages is no loss.
+        manifest = {**head, "counts": counts, "parts": parts}
+        write_json(self._folder.manifest, manifest, durable=status != "running")
 
 
 class _Pending:
