@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +28,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class ModelRunner:
     """A loaded model that passed the gate. `layers` is the KV shape of each layer."""
 
-    def __init__(self, model: nn.Module, limit: LengthLimit | None = None):
+    def __init__(self, model: Any, limit: LengthLimit | None = None):
         self.model: Any = model.eval()
         self.config: Any = self.model.config
         self.text_config: Any = self.config.get_text_config()
@@ -96,7 +96,7 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
     """Loads safetensors weights and checks that this model can run exactly. Raises ModelError."""
     register()
     config, limit = load_config(path, trust_remote_code)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

@@ -43,7 +43,7 @@ def _random_sequences(vocabulary: int) -> list[np.ndarray]:
 
 def _run_alone(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]:
     """Logits of every position, [length, V], by transformers' eager attention."""
-    runner.model.set_attn_implementation("eager")  # type: ignore[operator]
+    runner.model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
             return [
@@ -53,7 +53,7 @@ def _run_alone(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]
                 for tokens in sequences
             ]
     finally:
-        runner.model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+        runner.model.set_attn_implementation(ATTENTION_NAME)
 
 
 def _run_flat(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]:

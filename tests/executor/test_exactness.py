@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from batchllm.core import SamplingParams
+from batchllm.executor import attention_plan
 from batchllm.executor.model import ModelRunner, prepare_model
 from tests.executor.harness import run
 from tests.executor.tiny_models import VOCABULARY, configurations, generate_alone, make_model
@@ -59,13 +60,19 @@ VARIANTS = {
     "tiny steps": {"max_step_tokens": 5},
     "no sharing of short prefixes": {"min_shared_tokens": 20},
     "little memory": {"kv_tokens": 130, "max_step_tokens": 40},
+    "long chunks": {"max_step_tokens": 24},
     "recovery": {"kv_tokens": 150, "max_step_tokens": 64, "estimator": Optimist()},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_output_equals_transformers(architecture: str, variant: str) -> None:
+def test_greedy_output_equals_transformers(
+    architecture: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variant == "long chunks":  # the paths that prompts of hundreds of tokens take
+        monkeypatch.setattr(attention_plan, "_SHORT", 6)
+        monkeypatch.setattr(attention_plan, "_FEW", 1)
     runner, prompts, expected = oracle(architecture)
     outcome = run(runner, prompts, SamplingParams(max_tokens=MAX_TOKENS), **VARIANTS[variant])
     assert [list(result.tokens) for result in outcome.results] == expected
