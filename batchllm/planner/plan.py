@@ -112,7 +112,8 @@ def _list_nodes(
     first = np.concatenate((execution.node_first[shared], np.arange(len(leaf))))
     leaves = np.concatenate((below[shared], np.ones(len(leaf), dtype=np.int64)))
     is_leaf = np.arange(len(trie)) >= len(shared)
-    preorder = np.lexsort((tree.end[trie], is_leaf, first))
+    # Stable: of the nodes that begin at the same sequence, first the shared ones as listed, outer before inner.
+    preorder = np.argsort(first, kind="stable")
     return _Nodes(trie[preorder], above[preorder], first[preorder], leaves[preorder], is_leaf[preorder])
 
 

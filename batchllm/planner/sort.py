@@ -75,8 +75,8 @@ def sort_prompts(tokens: TokenArray, starts: IntArray, lengths: IntArray) -> Sor
         block = _block_width(len(row), int((lengths[row] - active.depth).max()))
         leader = _leaders(active.head, turn)
         compared = _compare(rows, row, active, leader, block)
-        compared, active = _rearrange(order, lcp, compared, active, block)
-        active = _carry_on(rows, order, lcp, compared, active, block)
+        agreed, active = _rearrange(order, lcp, compared, active, block)
+        active = _carry_on(rows, order, lcp, agreed, active, block)
         turn += 1
     return SortedPrompts(order, lcp)
 
@@ -152,37 +152,40 @@ def _first_difference(mine: TokenArray, theirs: TokenArray) -> tuple[IntArray, I
 
 def _rearrange(
     order: IntArray, lcp: IntArray, compared: _Compared, active: _Active, block: int
-) -> tuple[_Compared, _Active]:
-    """Bring `order` into order within the groups that split, set `lcp` and heads at their new borders."""
-    agreed, token, before = compared
+) -> tuple[IntArray, _Active]:
+    """Bring `order` into order within the groups that split, set `lcp` and heads at their new borders.
+
+    Returns `agreed` in the new order.
+    """
+    agreed = compared.agreed
     position, head, depth = active
     group = np.cumsum(head) - 1
     uneven = np.logical_or.reduceat(agreed < block, np.flatnonzero(head))
     chosen = np.flatnonzero(uneven[group])
     if len(chosen) == 0:
-        return compared, active
+        return agreed, active
     # Rows before the leader ascend in `agreed`, those after it descend: the later they part, the nearer.
-    side = np.where(before | (agreed == block), agreed, 2 * block - agreed)[chosen]
-    key, ranking = _rank(group[chosen] * (2 * block + 1) + side, token[chosen])
+    side = np.where(compared.before, agreed, 2 * block - agreed)[chosen]
+    key, ranking = _rank(group[chosen] * (2 * block + 1) + side, compared.token[chosen])
     moved = np.arange(len(position))
     moved[chosen] = chosen[ranking]
     order[position] = order[position[moved]]
-    agreed, token, before = agreed[moved], token[moved], before[moved]
+    agreed = agreed[moved]
 
     border = chosen[1:][key[1:] != key[:-1]]
     border = border[~head[border]]
     lcp[position[border]] = depth[border] + np.minimum(agreed[border - 1], agreed[border])
     head = head.copy()
     head[border] = True
-    return _Compared(agreed, token, before), _Active(position, head, depth)
+    return agreed, _Active(position, head, depth)
 
 
 def _carry_on(
-    rows: _Rows, order: IntArray, lcp: IntArray, compared: _Compared, active: _Active, block: int
+    rows: _Rows, order: IntArray, lcp: IntArray, agreed: IntArray, active: _Active, block: int
 ) -> _Active:
     """The rows that are still to be separated, deeper. Where only twins are left, their `lcp` is set."""
     position, head = active.position, active.head
-    depth = active.depth + compared.agreed + (compared.agreed < block)  # with the token that told them apart
+    depth = active.depth + agreed + (agreed < block)  # with the token that told them apart
     length = rows.length[order[position]]
     over = length < depth
     twin = over & ~head
