@@ -7,21 +7,19 @@ whole numbers, written the plain way, is int64. An empty cell is null; an empty 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as csv
 
-from batchllm.dataset.files import InputFiles, first_line
+from batchllm.dataset.csv_rows import Cell, split_rows
+from batchllm.dataset.files import InputFiles
+from batchllm.dataset.lines import read_lines
 from batchllm.dataset.rows import RowBatch, RowFault, no_columns
 from batchllm.errors import InputError
 
-_BLOCK_BYTES = 16 << 20  # no row can be longer
-Report = Callable[[csv.InvalidRow], str]
-
-_WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"
+_WHOLE_NUMBER = re.compile(rb"0|-?[1-9][0-9]{0,17}")
 
 
 class CsvReader:
@@ -30,125 +28,77 @@ class CsvReader:
     def __init__(self, files: InputFiles, limit: int | None) -> None:
         self._files = files
         self.num_rows: int | None = 0
-        is_number: dict[str, bool | None] = {}  # None: only nulls so far
-        for batch in self._all_text(None):
-            part = batch if limit is None else batch.rows(0, min(limit - self.num_rows, batch.num_rows))
-            self.num_rows += part.num_rows
-            for name, column in zip(part.data.schema.names, part.data.columns):
-                is_number[name] = _and(is_number.get(name), _whole_numbers(column))
-            if self.num_rows == limit:
-                break
-        self.schema = pa.schema(
-            [(name, pa.int64() if number else pa.string()) for name, number in is_number.items()]
-        )
+        seen: set[str] = set()  # columns that have values
+        texts: set[str] = set()  # columns that have a value that is no whole number
+        names: dict[str, None] = {}
+        left = limit
+        for path in files.paths:
+            header, rows = self._open(path)
+            names |= dict.fromkeys(header)
+            for row in islice(rows, left):
+                self.num_rows += 1
+                if not isinstance(row, RowFault):
+                    _note_values(header, row, seen, texts)
+            left = None if limit is None else limit - self.num_rows
+        numbers = seen - texts
+        self.schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in names])
 
     def batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[RowBatch]:
-        types = [self.schema.field(name).type for name in columns]
-        for batch in self._all_text(list(columns)):
-            data = batch.data
-            if columns:
-                arrays = [column.cast(type_) for column, type_ in zip(data.columns, types)]
-                data = pa.record_batch(arrays, names=list(columns))
-            yield from RowBatch(data, batch.faults).pieces(batch_rows)
-
-    def _all_text(self, columns: list[str] | None) -> Iterator[RowBatch]:
-        """The rows of all files, every cell as text; `columns` that a file does not have are null."""
+        fields = [self.schema.field(name) for name in columns]
         for path in self._files.paths:
-            with _csv_errors(path):
-                yield from _with_faults(self._files, path, columns)
+            header, rows = self._open(path)
+            places = [header.index(name) if name in header else None for name in columns]
+            while chunk := list(islice(rows, batch_rows)):
+                yield _to_batch(chunk, fields, places)
 
-
-def _with_faults(files: InputFiles, path: str, columns: list[str] | None) -> Iterator[RowBatch]:
-    """The rows of one file. Arrow drops the bad ones and tells their numbers; they are put back as nulls."""
-    bad: dict[int, RowFault] = {}
-
-    def report(row: csv.InvalidRow) -> str:
-        cells = f"{row.actual_columns} cells instead of {row.expected_columns}"
-        bad[row.number] = RowFault(f"{posixpath.basename(path)}, row {row.number} has {cells}")
-        return "skip"
-
-    names = _header(files, path)
-    number = 2  # of the next row; the header is row 1
-    for batch in _open(files, path, names, columns, report):
-        taken: list[int | None] = []
-        faults: dict[int, RowFault] = {}
-        for row in range(batch.num_rows):
-            while number in bad:
-                faults[len(taken)] = bad.pop(number)
-                taken.append(None)
-                number += 1
-            taken.append(row)
-            number += 1
-        yield RowBatch(_take(batch, taken) if faults else batch, faults)
-    if bad:
-        empty = pa.record_batch([pa.nulls(len(bad), pa.string())] * len(names), names=names)
-        yield RowBatch(empty if columns is None else _select(empty, columns), dict(enumerate(bad.values())))
-
-
-def _take(batch: pa.RecordBatch, rows: list[int | None]) -> pa.RecordBatch:
-    return batch.take(pa.array(rows, pa.int64())) if batch.num_columns else no_columns(len(rows))
-
-
-def _select(empty: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
-    if not columns:
-        return no_columns(empty.num_rows)
-    return pa.record_batch([pa.nulls(empty.num_rows, pa.string())] * len(columns), names=columns)
-
-
-def _header(files: InputFiles, path: str) -> list[str]:
-    """The column names of a file, none when it is empty."""
-    with files.filesystem.open_input_stream(path) as stream:
+    def _open(self, path: str) -> tuple[list[str], Iterator[list[Cell] | RowFault]]:
+        """The column names of a file, none when it is empty, and its rows."""
+        rows = split_rows(read_lines(self._files, path))
+        first = next(rows, [])
+        if isinstance(first, str):
+            raise InputError(f"input.path: `{path}`: the header {first}")
         try:
-            options = csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)
-            names: list[str] = csv.open_csv(stream, options, _parse_options(lambda row: "skip")).schema.names
-        except pa.ArrowInvalid as error:
-            if "Empty CSV file" in str(error):
-                return []
-            raise
-    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
-    if twice is not None:
-        raise InputError(f"input.path: `{path}` has two columns named `{twice}`; rename one of them")
-    return names
+            header = [(cell or b"").decode() for cell in first]
+        except UnicodeDecodeError:
+            raise InputError(
+                f"input.path: `{path}`: the header is not UTF-8 text; is it a CSV file?"
+            ) from None
+        twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
+        if twice is not None:
+            raise InputError(f"input.path: `{path}` has two columns named `{twice}`; rename one of them")
+        return header, _checked(rows, len(header), posixpath.basename(path))
 
 
-def _open(
-    files: InputFiles, path: str, names: list[str], columns: list[str] | None, report: Report
-) -> Iterator[pa.RecordBatch]:
-    if not names:
-        return
-    convert = csv.ConvertOptions(
-        check_utf8=False,  # found later, row by row
-        column_types=dict.fromkeys([*names, *(columns or [])], pa.string()),
-        null_values=[""],
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-        include_columns=columns,
-        include_missing_columns=True,
-    )
-    read = csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)
-    with files.filesystem.open_input_stream(path) as stream:
-        yield from csv.open_csv(stream, read, _parse_options(report), convert)
+def _checked(rows: Iterator[list[Cell] | str], cells: int, name: str) -> Iterator[list[Cell] | RowFault]:
+    for number, row in enumerate(rows, start=2):  # the header is row 1
+        if isinstance(row, str):
+            yield RowFault(f"{name}, row {number} {row}")
+        elif len(row) != cells:
+            yield RowFault(f"{name}, row {number} has {len(row)} cells instead of {cells}")
+        else:
+            yield row
 
 
-def _parse_options(report: Report) -> csv.ParseOptions:
-    return csv.ParseOptions(newlines_in_values=True, invalid_row_handler=report)
+def _note_values(header: list[str], row: list[Cell], seen: set[str], texts: set[str]) -> None:
+    for name, cell in zip(header, row):
+        if cell is not None and name not in texts:
+            seen.add(name)
+            if not _WHOLE_NUMBER.fullmatch(cell):
+                texts.add(name)
 
 
-@contextmanager
-def _csv_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"input.path: `{path}` cannot be read as CSV: {first_line(error)}") from None
-
-
-def _whole_numbers(column: pa.Array) -> bool | None:
-    if column.null_count == len(column):
-        return None
-    return bool(pc.all(pc.match_substring_regex(column.cast(pa.binary()), _WHOLE_NUMBER)).as_py())
-
-
-def _and(known: bool | None, found: bool | None) -> bool | None:
-    if known is None or found is None:
-        return found if known is None else known
-    return known and found
+def _to_batch(
+    rows: list[list[Cell] | RowFault], fields: Sequence[pa.Field], places: Sequence[int | None]
+) -> RowBatch:
+    faults = {number: row for number, row in enumerate(rows) if isinstance(row, RowFault)}
+    if not fields:
+        return RowBatch(no_columns(len(rows)), faults)
+    columns = []
+    for field, place in zip(fields, places):
+        cells = [None if place is None or isinstance(row, RowFault) else row[place] for row in rows]
+        if pa.types.is_int64(field.type):
+            columns.append(pa.array([None if cell is None else int(cell) for cell in cells], pa.int64()))
+        else:
+            # A view, because a cast would refuse bytes that are not UTF-8; they are found row by row.
+            columns.append(pa.array(cells, pa.binary()).view(pa.string()))
+    return RowBatch(pa.record_batch(columns, schema=pa.schema(fields)), faults)

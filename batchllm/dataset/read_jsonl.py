@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
-from batchllm.dataset.files import InputFiles, first_line
+from batchllm.dataset.files import InputFiles
+from batchllm.dataset.lines import read_lines
 from batchllm.dataset.rows import RowBatch, RowFault, no_columns
-from batchllm.errors import InputError
 
 Record = Mapping[str, object]
 
@@ -57,15 +56,11 @@ class JsonLinesReader:
 
 
 def _lines(files: InputFiles, path: str) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of every line that is not blank, decompressed by the ending of the file name."""
-    try:
-        with files.filesystem.open_input_stream(path) as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if text.strip():
-                    yield number, text
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"input.path: `{path}` cannot be read: {first_line(error)}") from None
+    """(number, line) of every line that is not blank."""
+    for number, line in enumerate(read_lines(files, path), start=1):
+        text = line.strip()
+        if text:
+            yield number, text
 
 
 def _parse(line: bytes, where: str) -> Record | RowFault:
