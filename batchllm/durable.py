@@ -6,6 +6,7 @@ A file is written under another name, brought to the disk, and renamed; then the
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -74,8 +75,12 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames and removals inside the folder permanent."""
-    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    """Makes renames and removals inside the folder permanent, where the file system can do that."""
+    try:
+        _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _sync(path: Path, flags: int) -> None:

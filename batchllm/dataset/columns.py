@@ -41,8 +41,9 @@ def check_kept_names(names: Iterable[str], has_samples: bool, has_logprobs: bool
 class RowReader:
     """Rows of a table in any order, without joining its chunks: a memory-mapped table stays on disk."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self.schema: pa.Schema = table.schema
+    def __init__(self, table: pa.Table, schema: pa.Schema | None = None) -> None:
+        """`schema`: the types in which rows are wanted, if not those in which they are stored."""
+        self.schema: pa.Schema = table.schema if schema is None else schema
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
 
@@ -58,8 +59,9 @@ class RowReader:
         for start, end in pairwise(cuts):
             batch = self._batches[chunk[start]]
             first_row = self._ends[chunk[start]] - batch.num_rows
-            pieces.append(batch.take(pa.array(ordered[start:end] - first_row)))
-        joined = _one_batch(pa.Table.from_batches(pieces))
+            piece = pa.Table.from_batches([batch.take(pa.array(ordered[start:end] - first_row))])
+            pieces.append(piece.cast(self.schema))
+        joined = _one_batch(pa.concat_tables(pieces))
         if (order[1:] > order[:-1]).all():
             return joined
         place = np.empty(len(rows), dtype=np.int64)
@@ -74,10 +76,9 @@ class Columns:
         self.requests = requests
         self.has_samples = bool(len(requests) and requests.sample.max() > 0)
         check_kept_names(kept.column_names, self.has_samples, logprobs)
-        kept = _plain(kept)
-        self._kept = RowReader(kept)
+        self._kept = RowReader(kept, _plain(kept.schema))
         added = _added_fields(self.has_samples, logprobs)
-        self.schema: pa.Schema = pa.schema([*kept.schema, *added])
+        self.schema: pa.Schema = pa.schema([*self._kept.schema, *added])
         self.answers: pa.Schema = pa.schema([field for field in added if field.name != _SAMPLE.name])
 
     def kept_values(self, requests: IntArray) -> pa.RecordBatch:
@@ -122,13 +123,13 @@ def _added_fields(has_samples: bool, has_logprobs: bool) -> list[pa.Field]:
     return [*([_SAMPLE] if has_samples else []), *_ANSWER_FIELDS, *([_LOGPROBS] if has_logprobs else [])]
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def _plain(schema: pa.Schema) -> pa.Schema:
     """Without metadata of other programs, and without dictionaries, which may differ from part to part."""
     fields = []
-    for field in table.schema:
+    for field in schema:
         value_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         fields.append(pa.field(field.name, value_type, field.nullable))
-    return table.cast(pa.schema(fields)) if fields else table
+    return pa.schema(fields)
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:

@@ -41,26 +41,32 @@ class DamagedPart(Exception):
         self.name = name
 
 
-def write_final_parts(
-    folder: Folder, columns: Columns, job: str, sources: Mapping[str, IntArray], part_rows: int
-) -> dict[str, IntArray]:
-    """Replaces the live parts (name → requests) by final ones. Every request is in exactly one source.
+def final_parts(total: int, part_rows: int) -> dict[str, IntArray]:
+    """The parts of a whole result: name → its requests. At least one, so that no rows are a table as well."""
+    starts = range(0, max(total, 1), part_rows)
+    requests = [np.arange(start, min(start + part_rows, total), dtype=np.int64) for start in starts]
+    return {final_name(number): part for number, part in enumerate(requests)}
 
-    Returns the final parts in the same form. Raises DamagedPart before anything has been replaced.
+
+def prepare_commit(
+    folder: Folder, columns: Columns, job: str, sources: Mapping[str, IntArray], part_rows: int
+) -> None:
+    """Steps 1 to 3. `sources` are the live parts, name → requests; every request is in exactly one.
+
+    Raises DamagedPart, and then nothing is committed.
     """
     discard_unfinished(folder)
     total = len(columns.requests)
     bucket_rows = part_rows * max(1, -(-total // (part_rows * _MAX_BUCKETS)))
     buckets = _fill_buckets(folder, columns, sources, bucket_rows)
-    final: dict[str, IntArray] = {}
-    for first_row in range(0, max(total, 1), bucket_rows):
-        path = buckets.get(first_row // bucket_rows)
-        final |= _write_bucket(folder, columns, job, path, first_row, part_rows, bucket_rows)
+    final = final_parts(total, part_rows)
+    parts_of_bucket = bucket_rows // part_rows
+    for first in range(0, len(final), parts_of_bucket):
+        parts = list(final.items())[first : first + parts_of_bucket]
+        _write_bucket(folder, columns, job, buckets.get(first // parts_of_bucket), parts)
     with writing(folder.final):
         sync_folder(folder.final)
     write_json(folder.commit_marker, {"sources": sorted(sources), "final": list(final)})
-    complete_commit(folder)
-    return final
 
 
 def recover(folder: Folder) -> None:
@@ -140,17 +146,9 @@ def _pieces(
 
 
 def _write_bucket(
-    folder: Folder,
-    columns: Columns,
-    job: str,
-    path: Path | None,
-    first_request: int,
-    part_rows: int,
-    bucket_rows: int,
-) -> dict[str, IntArray]:
-    """The final parts of one bucket. The file is removed when they are written."""
-    end = min(first_request + bucket_rows, len(columns.requests))
-    parts: dict[str, IntArray] = {}
+    folder: Folder, columns: Columns, job: str, path: Path | None, parts: list[tuple[str, IntArray]]
+) -> None:
+    """The final parts of one bucket, which holds their rows and no others. Its file is then removed."""
     with contextlib.ExitStack() as stack:
         table = pa.Table.from_batches([empty_batch(columns.answers)])
         place = np.zeros(0, dtype=np.int64)
@@ -158,17 +156,15 @@ def _write_bucket(
             table = pa.ipc.open_file(stack.enter_context(pa.memory_map(str(path)))).read_all()
             place = np.argsort(table.column("request").to_numpy())
         answers = RowReader(table.select(columns.answers.names))
-        for start in range(first_request, max(end, 1), part_rows):
-            requests = np.arange(start, min(start + part_rows, end), dtype=np.int64)
-            name = final_name(start // part_rows)
-            rows = place[requests - first_request]
+        done = 0
+        for name, requests in parts:
+            rows = place[done : done + len(requests)]
+            done += len(requests)
             with writing(folder.final / name):
                 write_rows(folder.final / name, columns, job, requests, answers, rows)
                 sync_file(folder.final / name)
-            parts[name] = requests
     if path is not None:
         path.unlink()
-    return parts
 
 
 def _replace_if_there(path: Path, to: Path) -> None:

@@ -151,7 +151,7 @@ def _whose_parts(folder: Folder) -> tuple[list[Path], list[Path]]:
 
 def _check_owner(folder: Folder, identity: str, parts: list[Path]) -> None:
     manifest = read_manifest(folder)
-    if not parts and not folder.commit_marker.exists():
+    if not parts:
         return
     if int(manifest.get("format", 0)) > MANIFEST_FORMAT:
         raise OutputError(

@@ -27,7 +27,14 @@ from xxhash import xxh3_128_hexdigest
 
 from batchllm.core import IntArray, RequestResult, RequestTable
 from batchllm.dataset.columns import Columns, RowReader
-from batchllm.dataset.finish import DamagedPart, recover, remove_workspace, write_final_parts
+from batchllm.dataset.finish import (
+    DamagedPart,
+    complete_commit,
+    final_parts,
+    prepare_commit,
+    recover,
+    remove_workspace,
+)
 from batchllm.dataset.folder import (
     MANIFEST_FORMAT,
     Folder,
@@ -148,7 +155,7 @@ class ResultStore:
         self.flush()
         if not self._finished:
             try:
-                self._parts = write_final_parts(
+                prepare_commit(
                     self._folder, self._columns, self._header["job"], self._parts, self._header["part_rows"]
                 )
             except DamagedPart as part:
@@ -157,16 +164,21 @@ class ResultStore:
                     f"{self.path / part.name}: was damaged after it was written; "
                     "run the same command again to compute its rows anew"
                 ) from part
-        self._finished = True
-        self._write_manifest("finished")
-        remove_workspace(self._folder)
+            complete_commit(self._folder)
+        self._finish_manifest()
 
     def close(self) -> None:
         """Writes what is pending and lets go of the folder. Harmless after `finish` and when repeated."""
         try:
             if not self._finished:
                 self.flush()
-                self._write_manifest("interrupted")
+                if (
+                    self._folder.commit_marker.exists()
+                ):  # Ctrl-C came when all was written and half was renamed
+                    complete_commit(self._folder)
+                    self._finish_manifest()
+                else:
+                    self._write_manifest("interrupted")
         finally:
             self._lock.release()
 
@@ -183,6 +195,12 @@ class ResultStore:
     def _write(self, path: Path, requests: IntArray, answers: RowReader) -> None:
         rows = np.arange(len(requests), dtype=np.int64)
         write_part(path, self._folder.scratch, self._columns, self._header["job"], requests, answers, rows)
+
+    def _finish_manifest(self) -> None:
+        self._finished = True
+        self._parts = final_parts(len(self.done), self._header["part_rows"])
+        self._write_manifest("finished")
+        remove_workspace(self._folder)
 
     def _write_manifest(self, status: str) -> None:
         answered = sum(len(requests) for requests in self._parts.values())

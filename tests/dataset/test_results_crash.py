@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import polars as pl
 import pytest
 
 from batchllm.dataset import folder as folder_module
+from batchllm.dataset.results import ResultStore
 from tests.dataset.results_world import World, names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +177,65 @@ def test_death_while_setting_aside_loses_no_generation(tmp_path: Path) -> None:
         world.open(out).close()
         assert set(rows_on_disk(out / "_run" / "superseded")) == paid_for
         shutil.rmtree(out)
+
+
+# ---- Ctrl-C at any line
+
+
+class CtrlC:
+    """Raises KeyboardInterrupt once, at the k-th line that the output folder's code runs."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> CtrlC | None:
+        code = frame.f_code
+        if "/batchllm/" not in code.co_filename or code.co_name in (
+            "__init__",
+            "__exit__",
+            "close",
+            "writing",
+        ):
+            return None  # what is not to be interrupted, or nobody could ever let go of a folder
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def test_ctrl_c_at_any_line(tmp_path: Path) -> None:
+    """What was answered is written once, whichever line of a flush or of the commit was interrupted."""
+    world = World(names(range(12)))
+    right = {(row[0], row[3]) for row in world.rows()}
+    for number in range(40, 100_000, 37):
+        out = tmp_path / f"out{number}"
+        store = world.open(out, part_rows=5)
+        interrupted = run_until_ctrl_c(world, store, number)
+        added = int(store.done.sum())
+        store.close()
+        there = check_no_row_twice(out)
+        assert set(there) <= right
+        assert world.run(out).num_resumed >= len(there) >= added - 1
+        assert rows_on_disk(out) == [(row[0], row[3]) for row in world.rows()]
+        shutil.rmtree(out)
+        if not interrupted:
+            return
+    raise AssertionError("it never came to an end")
+
+
+def run_until_ctrl_c(world: World, store: ResultStore, line: int) -> bool:
+    before = sys.gettrace()
+    try:
+        sys.settrace(CtrlC(line))
+        world.fill(store)
+        store.finish()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
 
 
 # ---- kill -9
