@@ -250,16 +250,15 @@ def check_params(params: SamplingParams) -> SamplingParams:
 
 
 def _valid_params(values: Mapping[str, object]) -> dict[str, Any]:
+    for name, value in values.items():
+        if isinstance(value, Mapping | ColumnRef):
+            raise InvalidParam(name, "must be a value, found a mapping")
     try:
         spec = GenerateSpec.model_validate(dict(values))
     except ValidationError as failure:
         error = first_error(failure.errors(include_url=False))
         raise InvalidParam(key_path(error["loc"]), complaint(error)) from None
-    checked = {name: getattr(spec, name) for name in values}
-    column = next((name for name, value in checked.items() if isinstance(value, ColumnRef)), None)
-    if column is not None:
-        raise InvalidParam(column, "must be a value, found a column")
-    return checked
+    return {name: getattr(spec, name) for name in values}
 
 
 def _parse_overrides(overrides: Sequence[str] | Mapping[str, object]) -> list[Override]:

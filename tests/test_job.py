@@ -386,7 +386,7 @@ def test_params_of_a_row_are_checked_like_the_job(tmp_path: Path) -> None:
     with pytest.raises(InvalidParam) as caught:
         generate.params({"top_p": 2})
     assert (caught.value.parameter, caught.value.reason) == ("top_p", "must be at most 1, found the number 2")
-    with pytest.raises(InvalidParam, match="must be a value"):
+    with pytest.raises(InvalidParam, match="top_p must be a value, found a mapping"):
         generate.params({"top_p": {"column": "p"}})
 
 
