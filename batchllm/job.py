@@ -42,6 +42,7 @@ from batchllm.job_values import (
     Limit,
     MinP,
     OneWorker,
+    PathText,
     Seconds,
     Seed,
     StopStrings,
@@ -106,13 +107,13 @@ OrColumn = Annotated[
 
 
 class ModelSpec(_Section):
-    path: Text  # a folder (absolute), or the id of a model on the hub
+    path: PathText  # a folder (absolute), or the id of a model on the hub
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: Flag = False
 
 
 class InputSpec(_Section):
-    path: Text  # an absolute file, folder or glob, or a URL
+    path: PathText  # an absolute file, folder or glob, or a URL
     format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
     id: Text | None = None
     limit: Limit | None = None
@@ -236,9 +237,14 @@ def load_job(path: str | Path, overrides: Sequence[str] | Mapping[str, object] =
     return _make(mapping, file.absolute().parent, str(path), _parse_overrides(overrides))
 
 
-def make_job(mapping: Mapping[str, Any], base_dir: str | Path, source: str = "job") -> JobSpec:
+def make_job(
+    mapping: Mapping[str, Any],
+    base_dir: str | Path,
+    source: str = "job",
+    overrides: Sequence[str] | Mapping[str, object] = (),
+) -> JobSpec:
     """A job from plain values. Relative paths start at `base_dir`; errors begin with `source`."""
-    return _make(mapping, Path(base_dir).absolute(), source, [])
+    return _make(mapping, Path(base_dir).absolute(), source, _parse_overrides(overrides))
 
 
 def check_params(params: SamplingParams) -> SamplingParams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Literal
 
@@ -25,6 +26,10 @@ def parse_bytes(value: int | str) -> int:
     if size < 1:
         raise ValueError("must be at least 1 byte")
     return size
+
+
+def _path_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _bytes_or_auto(value: object) -> object:
@@ -69,6 +74,7 @@ def _kept_columns(value: object) -> object:
 
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
+PathText = Annotated[str, BeforeValidator(_path_text), Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MAX_INT32)]
 CountOrNone = Annotated[int, Field(strict=True, ge=0, le=_MAX_INT32)]

@@ -219,6 +219,16 @@ def test_paths_start_at_the_folder_of_the_job_file(tmp_path: Path, monkeypatch: 
     assert job.output.path == tmp_path / "out"
 
 
+def test_a_job_from_python(tmp_path: Path) -> None:
+    sections = job_with(model={"path": tmp_path}, input={"path": tmp_path / "rows.csv"}, generate={"n": 2})
+    job = make_job(sections, ".", overrides={"generate.seed": 3, "output.path": tmp_path / "x"})
+    assert (job.model.path, job.input.path) == (str(tmp_path), str(tmp_path / "rows.csv"))
+    assert (job.generate.n, job.generate.seed, job.output.path) == (2, 3, tmp_path / "x")
+    assert sections["generate"] == {"n": 2}
+    with pytest.raises(JobError, match="^--set generate.n: generate.n must be at least 1"):
+        make_job(sections, ".", overrides=["generate.n=0"])
+
+
 def test_urls_and_hub_ids_stay_as_they_are(tmp_path: Path) -> None:
     for url in ("s3://bucket/a b/*.parquet", "file:///data/rows.csv"):
         assert make_job(job_with(input={"path": url}), tmp_path).input.path == url
