@@ -225,7 +225,7 @@ def test_a_job_from_python(tmp_path: Path) -> None:
     assert (job.model.path, job.input.path) == (str(tmp_path), str(tmp_path / "rows.csv"))
     assert (job.generate.n, job.generate.seed, job.output.path) == (2, 3, tmp_path / "x")
     assert sections["generate"] == {"n": 2}
-    with pytest.raises(JobError, match="^--set generate.n: generate.n must be at least 1"):
+    with pytest.raises(JobError, match=r"^--set generate\.n: generate\.n must be at least 1"):
         make_job(sections, ".", overrides=["generate.n=0"])
 
 

@@ -117,7 +117,8 @@ def _hidden(name: str) -> bool:
 
 
 def _name_matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) and (not _hidden(name) or pattern[0] == name[0])
+    is_match = name == pattern or fnmatch.fnmatchcase(name, pattern)
+    return is_match and (not _hidden(name) or pattern[0] == name[0])
 
 
 def _near(filesystem: fs.FileSystem, root: str) -> str:

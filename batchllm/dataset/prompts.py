@@ -31,7 +31,7 @@ class PromptRenderer:
         self._plan = PromptPlan(prompt, schema, source)
         self._tokenizer = tokenizer
         self._template_args = {"add_generation_prompt": True, **prompt.template_args, "tokenize": False}
-        has_template = tokenizer.chat_template or prompt.template_args.get("chat_template")
+        has_template = getattr(tokenizer, "chat_template", None) or prompt.template_args.get("chat_template")
         self._no_chat = None if has_template else RowFault("the model's tokenizer has no chat template")
         if self._plan.is_chat and self._no_chat:
             key = "prompt.messages" if prompt.messages else "prompt.column"

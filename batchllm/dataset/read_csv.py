@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 
 import pyarrow as pa
 
@@ -27,29 +27,33 @@ class CsvReader:
 
     def __init__(self, files: InputFiles, limit: int | None) -> None:
         self._files = files
+        self._limit = limit
         self.num_rows: int | None = 0
         seen: set[str] = set()  # columns that have values
         texts: set[str] = set()  # columns that have a value that is no whole number
         names: dict[str, None] = {}
-        left = limit
-        for path in files.paths:
-            header, rows = self._open(path)
+        for header, rows in self._open_all():
             names |= dict.fromkeys(header)
-            for row in islice(rows, left):
+            for row in rows:
                 self.num_rows += 1
                 if not isinstance(row, RowFault):
                     _note_values(header, row, seen, texts)
-            left = None if limit is None else limit - self.num_rows
         numbers = seen - texts
         self.schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in names])
 
     def batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[RowBatch]:
         fields = [self.schema.field(name) for name in columns]
-        for path in self._files.paths:
-            header, rows = self._open(path)
+        for header, rows in self._open_all():
             places = [header.index(name) if name in header else None for name in columns]
             while chunk := list(islice(rows, batch_rows)):
                 yield _to_batch(chunk, fields, places)
+
+    def _open_all(self) -> Iterator[tuple[list[str], Iterator[list[Cell] | RowFault]]]:
+        """The header and the rows of each file, up to the limit."""
+        tickets = count() if self._limit is None else iter(range(self._limit))
+        for path in self._files.paths:
+            header, rows = self._open(path)
+            yield header, (row for row, _ in zip(rows, tickets))
 
     def _open(self, path: str) -> tuple[list[str], Iterator[list[Cell] | RowFault]]:
         """The column names of a file, none when it is empty, and its rows."""

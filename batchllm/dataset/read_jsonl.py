@@ -26,22 +26,23 @@ class JsonLinesReader:
 
     def __init__(self, files: InputFiles, limit: int | None) -> None:
         self._files = files
+        self._limit = limit
         types: dict[str, pa.DataType] = {}
         self.num_rows: int | None = 0
-        for records in self._record_batches(_SCAN_ROWS, limit):
+        for records in self._record_batches(_SCAN_ROWS):
             self.num_rows += len(records)
             _widen(types, [record for record in records if not isinstance(record, RowFault)])
         self.schema = pa.schema([(name, _storable(type_)) for name, type_ in types.items()])
 
     def batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[RowBatch]:
         fields = [self.schema.field(name) for name in columns]
-        for records in self._record_batches(batch_rows, None):
+        for records in self._record_batches(batch_rows):
             yield _to_batch(records, fields)
 
-    def _record_batches(self, batch_rows: int, limit: int | None) -> Iterator[list[Record | RowFault]]:
-        """Every record once, in order, not more than `batch_rows` at a time and `limit` in all."""
+    def _record_batches(self, batch_rows: int) -> Iterator[list[Record | RowFault]]:
+        """Every record once, in order, not more than `batch_rows` at a time and the limit in all."""
         batch: list[Record | RowFault] = []
-        left = limit
+        left = self._limit
         for path in self._files.paths:
             for number, line in _lines(self._files, path):
                 if left == 0:

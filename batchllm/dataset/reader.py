@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import pyarrow as pa
@@ -30,8 +31,9 @@ class TableReader(Protocol):
 class InputData:
     """An opened input. `num_rows` is None when counting would mean reading all of it."""
 
-    def __init__(self, reader: TableReader, limit: int | None) -> None:
+    def __init__(self, reader: TableReader, limit: int | None, source: str) -> None:
         self._reader = reader
+        self._source = source
         self._limit = limit
         self.schema = reader.schema
         rows = reader.num_rows
@@ -43,8 +45,12 @@ class InputData:
         """All rows in order, only the named columns (default: all). Each call starts from the beginning.
 
         Rows are never dropped: one that cannot be read has nulls and an entry in `RowBatch.faults`. At most a
-        few batches, or one row group of a Parquet file, are in memory at a time.
+        few batches are in memory at a time. Raises InputError when a file turns out to be damaged.
         """
+        with _named(self._source):
+            yield from self._cut(columns, batch_rows)
+
+    def _cut(self, columns: Sequence[str] | None, batch_rows: int) -> Iterator[RowBatch]:
         left = self._limit
         for batch in self._reader.batches(self.schema.names if columns is None else columns, batch_rows):
             if left is not None and batch.num_rows >= left:
@@ -56,18 +62,30 @@ class InputData:
                 yield batch
 
 
-def open_input(spec: InputSpec) -> InputData:
-    """Find the files and learn their columns. Raises InputError, with what to do, before any row is read."""
+def open_input(spec: InputSpec, source: str = "job") -> InputData:
+    """Find the files and learn their columns. Raises InputError, which begins with `source` and says what to do."""
+    with _named(source):
+        reader = _reader(spec)
+        names = reader.schema.names
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise InputError(f"input.path: `{spec.path}` has two columns named `{twice}`; rename one of them")
+    return InputData(reader, spec.limit, source)
+
+
+def _reader(spec: InputSpec) -> TableReader:
     files = find_files(spec.path, spec.format)
-    reader: TableReader
     if files.format == "parquet":
-        reader = ParquetReader(files)
-    elif files.format == "jsonl":
-        reader = JsonLinesReader(files, spec.limit)
-    else:
-        reader = CsvReader(files, spec.limit)
-    names = reader.schema.names
-    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
-    if twice is not None:
-        raise InputError(f"input.path: `{spec.path}` has two columns named `{twice}`; rename one of them")
-    return InputData(reader, spec.limit)
+        return ParquetReader(files)
+    if files.format == "jsonl":
+        return JsonLinesReader(files, spec.limit)
+    return CsvReader(files, spec.limit)
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Puts the name of the job file before what is wrong with its input."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from batchllm.dataset.files import first_line
 from batchllm.dataset.rows import RowFault
 
 
@@ -23,7 +24,7 @@ def python_values(column: pa.Array, name: str, nullable: bool = False) -> list[o
     """The value of each row, or the RowFault it causes. Binary columns are text in UTF-8."""
     try:
         values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
+    except Exception:  # one value that Python does not have spoils the call: find out which
         values = [_value(scalar, name) for scalar in column]
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         values = [_decoded(value, name) for value in values]
@@ -47,6 +48,8 @@ def _value(scalar: pa.Scalar, name: str) -> object:
         return scalar.as_py()
     except UnicodeDecodeError:
         return _not_text(name)
+    except Exception as error:  # times finer or further away than Python's, for example
+        return RowFault(f"column `{name}` holds a value that cannot be read: {first_line(error)}")
 
 
 def _decoded(value: object, name: str) -> object:

@@ -25,7 +25,7 @@ from batchllm.job import InputSpec
 
 
 def opened(path: Path | str, **options: Any) -> InputData:
-    return open_input(InputSpec(path=str(path), **options))
+    return open_input(InputSpec(path=str(path), **options), "job.yaml")
 
 
 def rows_of(data: InputData, **options: Any) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def test_urls(tmp_path: Path) -> None:
 def test_missing_input_is_named_with_what_is_near(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").touch()
     assert error_of(tmp_path / "rosw.csv") == (
-        f"input.path: `{tmp_path}/rosw.csv` does not exist; did you mean `rows.csv`, in the same folder?"
+        f"job.yaml: input.path: `{tmp_path}/rosw.csv` does not exist; did you mean `rows.csv`, in the same folder?"
     )
     assert error_of(tmp_path / "no/where.csv").endswith("does not exist; check the path")
     assert f"no file matches `{tmp_path}/*.jsonl`" in error_of(tmp_path / "*.jsonl")
@@ -172,6 +172,17 @@ def test_limit(tmp_path: Path, format: str, limit: int) -> None:
     data = opened(write_any(tmp_path, format, 25), limit=limit)
     assert data.num_rows == min(limit, 25)
     assert [row["n"] for row in rows_of(data, batch_rows=5)] == list(range(min(limit, 25)))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_rows_beyond_the_limit_do_not_matter(tmp_path: Path, format: str) -> None:
+    for name, value in (("a", 1), ("b", 2), ("c", "text")):
+        text = f"x\n{value}\n" if format == "csv" else json.dumps({"x": value})
+        (tmp_path / f"{name}.{format}").write_text(text)
+    data = opened(tmp_path, limit=2)
+    assert data.schema.field("x").type == pa.int64()
+    assert rows_of(data) == [{"x": 1}, {"x": 2}]
+    assert rows_of(opened(tmp_path, limit=3)) == [{"x": "1"}, {"x": "2"}, {"x": "text"}]
 
 
 @FORMATS
@@ -258,7 +269,7 @@ def test_a_damaged_row_group_is_an_input_error(tmp_path: Path) -> None:
     content[100:5000] = b"\0" * 4900
     path.write_bytes(content)
     data = opened(path)
-    with pytest.raises(InputError, match=r"a\.parquet"):
+    with pytest.raises(InputError, match=r"^job\.yaml: input\.path: .*a\.parquet"):
         rows_of(data)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,13 @@ def test_python_values_of_odd_columns() -> None:
     nested = pa.ListArray.from_arrays([0, 1, 2], strings(b"ok", b"\xff"))
     assert python_values(nested, "x") == [["ok"], NOT_TEXT]
     assert python_values(pa.array([1, None]), "x") == [1, null]
+
+
+def test_values_that_python_does_not_have() -> None:
+    far = python_values(pa.array([0, 10**9], pa.int32()).cast(pa.date32()), "x")
+    assert far[0] == datetime.date(1970, 1, 1)
+    assert isinstance(far[1], RowFault)
+    assert far[1].reason.startswith("column `x` holds a value that cannot be read: ")
 
 
 def bad_columns() -> list[tuple[pa.Array, list[Any]]]:
