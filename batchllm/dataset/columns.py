@@ -44,13 +44,14 @@ class RowReader:
     def __init__(self, table: pa.Table, schema: pa.Schema | None = None) -> None:
         """`schema`: the types in which rows are wanted, if not those in which they are stored."""
         self.schema: pa.Schema = table.schema if schema is None else schema
+        self._as_stored = self.schema.equals(table.schema)
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
 
-    def take(self, rows: IntArray) -> pa.RecordBatch:
-        """As many rows as fit into one batch: strings of less than 2 GiB."""
+    def take(self, rows: IntArray) -> pa.Table:
+        """These rows, in one chunk unless they hold more than 2 GiB of text."""
         if not len(self.schema) or not len(rows):
-            return empty_batch(self.schema)
+            return self.schema.empty_table()
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         chunk = np.searchsorted(self._ends, ordered, side="right")
@@ -59,9 +60,9 @@ class RowReader:
         for start, end in pairwise(cuts):
             batch = self._batches[chunk[start]]
             first_row = self._ends[chunk[start]] - batch.num_rows
-            piece = pa.Table.from_batches([batch.take(pa.array(ordered[start:end] - first_row))])
-            pieces.append(piece.cast(self.schema))
-        joined = _one_batch(pa.concat_tables(pieces))
+            piece = batch.take(pa.array(ordered[start:end] - first_row))
+            pieces.append(piece if self._as_stored else piece.cast(self.schema))
+        joined = pa.Table.from_batches(pieces).combine_chunks()
         if (order[1:] > order[:-1]).all():
             return joined
         place = np.empty(len(rows), dtype=np.int64)
@@ -81,17 +82,15 @@ class Columns:
         self.schema: pa.Schema = pa.schema([*self._kept.schema, *added])
         self.answers: pa.Schema = pa.schema([field for field in added if field.name != _SAMPLE.name])
 
-    def kept_values(self, requests: IntArray) -> pa.RecordBatch:
+    def kept_values(self, requests: IntArray) -> pa.Table:
         """The kept columns of these requests, and the sample number where there is one."""
         kept = self._kept.take(self.requests.row[requests])
-        arrays = list(kept.columns)
-        fields = list(kept.schema)
-        if self.has_samples:
-            arrays.append(pa.array(self.requests.sample[requests]))
-            fields.append(_SAMPLE)
-        return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+        if not self.has_samples:
+            return kept
+        samples = pa.array(self.requests.sample[requests])
+        return pa.Table.from_arrays([*kept.columns, samples], schema=pa.schema([*self._kept.schema, _SAMPLE]))
 
-    def joined(self, kept: pa.RecordBatch, answers: pa.RecordBatch) -> pa.Table:
+    def joined(self, kept: pa.Table, answers: pa.Table) -> pa.Table:
         return pa.Table.from_arrays([*kept.columns, *answers.columns], schema=self.schema)
 
     def answer_table(self, results: Sequence[RequestResult]) -> pa.Table:
@@ -115,10 +114,6 @@ class Columns:
         return table.select(self.answers.names).cast(self.answers)
 
 
-def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
-
-
 def _added_fields(has_samples: bool, has_logprobs: bool) -> list[pa.Field]:
     return [*([_SAMPLE] if has_samples else []), *_ANSWER_FIELDS, *([_LOGPROBS] if has_logprobs else [])]
 
@@ -130,13 +125,6 @@ def _plain(schema: pa.Schema) -> pa.Schema:
         value_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         fields.append(pa.field(field.name, value_type, field.nullable))
     return pa.schema(fields)
-
-
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    batches = table.combine_chunks().to_batches()
-    if len(batches) != 1:
-        raise OverflowError("these rows hold more than 2 GiB of text")
-    return batches[0]
 
 
 def _texts(values: list[str | None]) -> list[str | None]:

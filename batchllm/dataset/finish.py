@@ -24,12 +24,14 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm.core import IntArray
-from batchllm.dataset.columns import Columns, RowReader, empty_batch
+from batchllm.dataset.columns import Columns, RowReader
 from batchllm.dataset.folder import Folder
 from batchllm.dataset.parts import TornPart, final_name, read_answers, write_rows
 from batchllm.durable import make_folder, sync_file, sync_folder, write_json, writing
 
 _MAX_BUCKETS = 64
+_LUMP_ROWS = 16_384
+_LUMP_BYTES = 64 << 20
 _REQUEST = pa.field("request", pa.int64())
 
 
@@ -117,32 +119,47 @@ def _fill_buckets(
     paths: dict[int, Path] = {}
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
     with writing(folder.scratch), contextlib.ExitStack() as open_files:
-        for name, requests in sources.items():
-            for answers, piece in _pieces(folder, columns, name, requests):
-                bucket_of = piece // bucket_rows
-                rows = answers.append_column(_REQUEST, pa.array(piece))
-                for bucket in np.unique(bucket_of):
-                    number = int(bucket)
-                    if number not in writers:
-                        paths[number] = folder.scratch / f"bucket-{number}.arrow"
-                        writers[number] = open_files.enter_context(pa.ipc.new_file(paths[number], schema))
-                    writers[number].write_table(rows.filter(pa.array(bucket_of == bucket)))
+        for rows in _in_lumps(_pieces(folder, columns, sources)):
+            bucket_of = rows.column(_REQUEST.name).to_numpy() // bucket_rows
+            rows = rows.take(pa.array(np.argsort(bucket_of, kind="stable")))
+            numbers, counts = np.unique(bucket_of, return_counts=True)
+            for number, count, end in zip(numbers.tolist(), counts, np.cumsum(counts)):
+                if number not in writers:
+                    paths[number] = folder.scratch / f"bucket-{number}.arrow"
+                    writers[number] = open_files.enter_context(pa.ipc.new_file(paths[number], schema))
+                writers[number].write_table(rows.slice(end - count, count))
     return paths
 
 
-def _pieces(
-    folder: Folder, columns: Columns, name: str, requests: IntArray
-) -> Iterator[tuple[pa.Table, IntArray]]:
-    """The answers of a live part piece by piece, and the request of each row."""
-    start = 0
-    try:
-        for answers in read_answers(folder.path / name, columns):
-            yield answers, requests[start : start + answers.num_rows]
-            start += answers.num_rows
-    except TornPart as error:
-        raise DamagedPart(name) from error
-    if start != len(requests):
-        raise DamagedPart(name)
+def _pieces(folder: Folder, columns: Columns, sources: Mapping[str, IntArray]) -> Iterator[pa.Table]:
+    """The answers of all live parts piece by piece, each row with its request."""
+    for name, requests in sources.items():
+        start = 0
+        try:
+            for answers in read_answers(folder.path / name, columns):
+                piece = requests[start : start + answers.num_rows]
+                start += len(piece)
+                yield answers.append_column(_REQUEST, pa.array(piece))
+        except TornPart as error:
+            raise DamagedPart(name) from error
+        if start != len(requests):
+            raise DamagedPart(name)
+
+
+def _in_lumps(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Small pieces together, in one chunk each: many small parts are then as quick as few large ones."""
+    lump: list[pa.Table] = []
+    num_rows = num_bytes = 0
+    for piece in pieces:
+        lump.append(piece)
+        num_rows += piece.num_rows
+        num_bytes += piece.nbytes
+        if num_rows >= _LUMP_ROWS or num_bytes >= _LUMP_BYTES:
+            yield pa.concat_tables(lump).combine_chunks()
+            lump = []
+            num_rows = num_bytes = 0
+    if lump:
+        yield pa.concat_tables(lump).combine_chunks()
 
 
 def _write_bucket(
@@ -150,7 +167,7 @@ def _write_bucket(
 ) -> None:
     """The final parts of one bucket, which holds their rows and no others. Its file is then removed."""
     with contextlib.ExitStack() as stack:
-        table = pa.Table.from_batches([empty_batch(columns.answers)])
+        table = columns.answers.empty_table()
         place = np.zeros(0, dtype=np.int64)
         if path is not None:
             table = pa.ipc.open_file(stack.enter_context(pa.memory_map(str(path)))).read_all()

@@ -32,7 +32,7 @@ from batchllm.dataset.keys import KeyArray
 from batchllm.durable import replace_durably, writing
 
 PART_FORMAT = 1
-SLICE_ROWS = 1024  # rows put together at a time; a slice of longer texts than 2 MiB a row does not fit Arrow
+SLICE_ROWS = 1024  # put together at a time
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 64 << 20
 _FINAL_NAME = re.compile(r"part-(\d{5,})\.parquet")
@@ -115,7 +115,7 @@ def read_answers(path: Path, columns: Columns) -> Iterator[pa.Table]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             names = [name for name in columns.answers.names if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=16 * SLICE_ROWS, columns=names):
+            for batch in file.iter_batches(batch_size=4 * SLICE_ROWS, columns=names):
                 yield columns.stored_answers(pa.Table.from_batches([batch]))
     except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise TornPart(f"{path}: {error}") from error
@@ -125,7 +125,7 @@ def layout_digest(columns: Columns, requests: IntArray) -> str:
     """What `write_part` writes into the footer of a part with these requests in this order."""
     digest = xxh3_64(columns.schema.serialize())
     for start in range(0, len(requests), SLICE_ROWS):
-        digest.update(columns.kept_values(requests[start : start + SLICE_ROWS]).serialize())
+        _digest_values(digest, columns.kept_values(requests[start : start + SLICE_ROWS]))
     return digest.hexdigest()
 
 
@@ -162,7 +162,7 @@ def write_rows(
         for start in range(0, len(requests), SLICE_ROWS):
             end = start + SLICE_ROWS
             kept = columns.kept_values(requests[start:end])
-            digest.update(kept.serialize())
+            _digest_values(digest, kept)
             taken = answers.take(rows[start:end])
             is_error[start:end] = np.array(taken.column("finish_reason").to_pylist()) == "error"
             group.append(columns.joined(kept, taken))
@@ -179,6 +179,11 @@ def write_rows(
                 "batchllm.errors": _base64(np.flatnonzero(is_error).astype("<i4")),
             }
         )
+
+
+def _digest_values(digest: xxh3_64, values: pa.Table) -> None:
+    for batch in values.to_batches():
+        digest.update(batch.serialize())
 
 
 def _footer(path: Path) -> dict[bytes, bytes]:
