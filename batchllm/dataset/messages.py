@@ -35,6 +35,8 @@ def clean_messages(messages: list[Any]) -> list[dict[str, Any]] | RowFault:
             what = "has no content" if fields.get("content") is None else "has content that is not text"
             return RowFault(f"message {number} {what}")
         cleaned.append(fields | {"content": content})
+    if cleaned[-1]["content"] == "":
+        return RowFault("the prompt is empty: its last message has no text")
     return cleaned
 
 

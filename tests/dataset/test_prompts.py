@@ -131,6 +131,14 @@ def test_messages_go_through_the_chat_template() -> None:
     ]
 
 
+def test_a_conversation_that_ends_with_nothing_is_an_empty_prompt() -> None:
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "{{ q }}"}]
+    assert rendered(batch_of(q=["", "x"]), messages=messages) == [
+        "! the prompt is empty: its last message has no text",
+        "[system]\n[user]x\n[assistant]",
+    ]
+
+
 def test_template_args_reach_the_chat_template() -> None:
     messages = [{"role": "user", "content": "x"}]
     args = {"shout": True, "add_generation_prompt": False}
