@@ -66,7 +66,8 @@ class KvPool:
         self._extents: list[Extent] = []  # by offset
 
     def allocate(self, tokens: int) -> Extent | None:
-        """The first free stretch of `tokens` slots; None when there is none (compact may then make one)."""
+        """The first free stretch of `tokens` >= 1 slots; None when there is none (compact may then make one)."""
+        assert tokens > 0, "an empty extent has no place among the others"
         previous_end = 0
         for extent in self._extents:
             if extent.offset - previous_end >= tokens:

@@ -10,7 +10,7 @@ import transformers as hf
 
 VOCABULARY = 97
 EOS = 3
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -22,7 +22,7 @@ _COMMON = {
     "eos_token_id": EOS,
     "pad_token_id": 0,
 }
-_WIDE = {**_COMMON, "head_dim": 16}
+WIDE = {**COMMON, "head_dim": 16}
 _MOE = {"num_experts_per_tok": 2}
 _MLA = {
     "kv_lora_rank": 16,
@@ -43,16 +43,16 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 def configurations() -> dict[str, Any]:
     """By model type."""
     return {
-        "llama": hf.LlamaConfig(**_COMMON),
-        "qwen2": hf.Qwen2Config(**_COMMON),
-        "qwen3": hf.Qwen3Config(**_WIDE),
-        "qwen3_moe": hf.Qwen3MoeConfig(**_WIDE, **_MOE, num_experts=4, moe_intermediate_size=32),
-        "mistral": hf.MistralConfig(**_COMMON, sliding_window=16),
-        "gemma2": hf.Gemma2Config(**_WIDE, sliding_window=16, query_pre_attn_scalar=16),
+        "llama": hf.LlamaConfig(**COMMON),
+        "qwen2": hf.Qwen2Config(**COMMON),
+        "qwen3": hf.Qwen3Config(**WIDE),
+        "qwen3_moe": hf.Qwen3MoeConfig(**WIDE, **_MOE, num_experts=4, moe_intermediate_size=32),
+        "mistral": hf.MistralConfig(**COMMON, sliding_window=16),
+        "gemma2": hf.Gemma2Config(**WIDE, sliding_window=16, query_pre_attn_scalar=16),
         "gemma3_text": hf.Gemma3TextConfig(
-            **_WIDE, sliding_window=16, query_pre_attn_scalar=16, layer_types=[_SLIDING, _SLIDING, _FULL]
+            **WIDE, sliding_window=16, query_pre_attn_scalar=16, layer_types=[_SLIDING, _SLIDING, _FULL]
         ),
-        "phi3": hf.Phi3Config(**_COMMON),
+        "phi3": hf.Phi3Config(**COMMON),
         "gpt2": hf.GPT2Config(
             vocab_size=VOCABULARY,
             n_embd=32,
@@ -63,10 +63,10 @@ def configurations() -> dict[str, Any]:
             eos_token_id=EOS,
         ),
         "gpt_oss": hf.GptOssConfig(
-            **_WIDE, **_MOE, sliding_window=16, num_local_experts=4, layer_types=[_SLIDING, _FULL, _SLIDING]
+            **WIDE, **_MOE, sliding_window=16, num_local_experts=4, layer_types=[_SLIDING, _FULL, _SLIDING]
         ),
-        "olmo2": hf.Olmo2Config(**_COMMON),
-        "deepseek_v3": hf.DeepseekV3Config(**{**_COMMON, "num_key_value_heads": 4}, **_MOE, **_MLA),
+        "olmo2": hf.Olmo2Config(**COMMON),
+        "deepseek_v3": hf.DeepseekV3Config(**{**COMMON, "num_key_value_heads": 4}, **_MOE, **_MLA),
     }
 
 
