@@ -193,8 +193,8 @@ def test_signals_interrupt_and_exit_with_130(tmp_path: Path, number: signal.Sign
 import sys, time, types
 module = types.ModuleType("batchllm.pipeline")
 def run_job(job, *, overwrite, quiet):
-    print("running", flush=True)
     try:
+        print("running", flush=True)
         time.sleep(60)
     finally:
         print("answers kept", flush=True)
