@@ -27,18 +27,8 @@ def run(
     from batchllm.pipeline import run_job
 
     if isinstance(job, Mapping):
-        spec = make_job(_with_overrides(job, overrides or {}), Path.cwd())
+        spec = make_job(job, Path.cwd(), overrides=overrides or {})
     else:
         spec = load_job(job, overrides or {})
     return run_job(spec, overwrite=overwrite, quiet=quiet)
 
-
-def _with_overrides(job: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in job.items()}
-    for path, value in overrides.items():
-        *sections, last = path.split(".")
-        target = merged
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[last] = value
-    return merged

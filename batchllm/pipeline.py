@@ -83,7 +83,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     progress, watch = Progress(quiet=quiet), Stopwatch()
     config, limit = _check_model(job)
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
-    data = open_input(job.input)
+    data = open_input(job.input, job.source)
     validate_columns(job, data.schema)
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
     check_output(job.output.path, identity, overwrite)
