@@ -159,6 +159,7 @@ class ResultStore:
                     self._folder, self._columns, self._header["job"], self._parts, self._header["part_rows"]
                 )
             except DamagedPart as part:
+                del self._parts[part.name]
                 SetAside(self._folder, self._columns).move(self.path / part.name, part.name)
                 raise OutputError(
                     f"{self.path / part.name}: was damaged after it was written; "
@@ -172,9 +173,8 @@ class ResultStore:
         try:
             if not self._finished:
                 self.flush()
-                if (
-                    self._folder.commit_marker.exists()
-                ):  # Ctrl-C came when all was written and half was renamed
+                # Ctrl-C may have come when all was written and half was renamed.
+                if self._folder.commit_marker.exists():
                     complete_commit(self._folder)
                     self._finish_manifest()
                 else:

@@ -24,6 +24,7 @@ from batchllm.dataset.results import ResultStore
 from tests.dataset.results_world import World, names
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = str(Path(folder_module.__file__).parents[1])
 STEPS = ("replace", "unlink", "link", "rmdir")
 
 
@@ -183,21 +184,17 @@ def test_death_while_setting_aside_loses_no_generation(tmp_path: Path) -> None:
 
 
 class CtrlC:
-    """Raises KeyboardInterrupt once, at the k-th line that the output folder's code runs."""
+    """Raises KeyboardInterrupt once, at the k-th line of ours that is run (in a function of this name)."""
 
-    def __init__(self, line: int) -> None:
+    def __init__(self, function: str | None, line: int) -> None:
+        self.function = function
         self.left = line
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> CtrlC | None:
         code = frame.f_code
-        if "/batchllm/" not in code.co_filename or code.co_name in (
-            "__init__",
-            "__exit__",
-            "close",
-            "writing",
-        ):
-            return None  # what is not to be interrupted, or nobody could ever let go of a folder
-        if event == "line":
+        if not code.co_filename.startswith(OURS) or code.co_name == "writing":
+            return None
+        if event == "line" and self.function in (None, code.co_name):
             self.left -= 1
             if self.left == 0:
                 sys.settrace(None)
@@ -205,14 +202,15 @@ class CtrlC:
         return self
 
 
-def test_ctrl_c_at_any_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("function", "stride"), [("flush", 1), ("complete_commit", 1), (None, 41)])
+def test_ctrl_c_at_any_line(tmp_path: Path, function: str | None, stride: int) -> None:
     """What was answered is written once, whichever line of a flush or of the commit was interrupted."""
     world = World(names(range(12)))
     right = {(row[0], row[3]) for row in world.rows()}
-    for number in range(40, 100_000, 37):
+    for number in range(1, 100_000, stride):
         out = tmp_path / f"out{number}"
         store = world.open(out, part_rows=5)
-        interrupted = run_until_ctrl_c(world, store, number)
+        interrupted = run_until_ctrl_c(world, store, CtrlC(function, number))
         added = int(store.done.sum())
         store.close()
         there = check_no_row_twice(out)
@@ -225,10 +223,10 @@ def test_ctrl_c_at_any_line(tmp_path: Path) -> None:
     raise AssertionError("it never came to an end")
 
 
-def run_until_ctrl_c(world: World, store: ResultStore, line: int) -> bool:
+def run_until_ctrl_c(world: World, store: ResultStore, ctrl_c: CtrlC) -> bool:
     before = sys.gettrace()
     try:
-        sys.settrace(CtrlC(line))
+        sys.settrace(ctrl_c)
         world.fill(store)
         store.finish()
     except KeyboardInterrupt:
@@ -265,7 +263,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     world = World(names(range(200)))
     right = {(row[0], row[3]) for row in world.rows()}
     kills, out = 0, tmp_path / "out0"
-    for attempt in range(14):
+    for attempt in range(12):
         word, limit, pause = ("ready", 0.35, 0.001) if attempt % 3 else ("finishing", 0.12, 0.0)
         before = set(rows_on_disk(out))
         if not kill_after(start(out, 200, pause), word, rng.uniform(0, limit)):
