@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -98,16 +99,24 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
     config, limit = load_config(path, trust_remote_code)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=_DTYPES.get(dtype, "auto"),
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:  # transformers fills them with random numbers and only warns
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model.path: {path} lacks {len(missing)} of the model's weights ({missing[0]} ...); "
+            f"copy all of its safetensors files."
+        )
     return prepare_model(model, limit)
 
 

@@ -39,8 +39,9 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.int64]) -> NDArray[np.floa
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Tensor) -> Tensor:
     """Inverse transform sampling over the tokens each row's limits leave."""
-    temperature = torch.tensor([row.temperature for row in params]).unsqueeze(1)
-    scaled = logits / temperature
+    # Largest logit 0 and a floor under the temperature: however cold, nothing overflows.
+    temperature = torch.tensor([row.temperature for row in params]).clamp_min(1e-30).unsqueeze(1)
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if any(row.top_k or row.top_p < 1.0 or row.min_p > 0.0 for row in params):
         scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
         weights = _limited(torch.softmax(scaled, dim=-1, dtype=torch.float64), params)

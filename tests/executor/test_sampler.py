@@ -129,6 +129,7 @@ def test_narrow_limits_are_greedy() -> None:
         SamplingParams(temperature=1.0, top_p=1e-9),
         SamplingParams(temperature=1.0, min_p=1.0),
         SamplingParams(temperature=1e-6),
+        SamplingParams(temperature=1e-300, top_p=0.5),
     ):
         assert (choose_tokens(logits, [params] * 50, keys, indices) == greedy).all(), params
 
