@@ -1,22 +1,21 @@
-"""The output folder before anything is written: whose it is, who writes it now, and how it is emptied.
+"""The output folder before anything is written: whose it is, and how it is emptied.
 
     OUT/part-live-NNNNN.parquet   answers in the order in which they were finished
     OUT/part-NNNNN.parquet        the whole result in input order
     OUT/_run/manifest.json        whose results these are, and how far they are
     OUT/_run/superseded/          answers that no longer match the job; only the latest generation
-    OUT/_run/{lock,scratch,final,COMMIT}   while a run writes
+    OUT/_run/{lock,work,scratch,final,COMMIT}   while a run writes
 
 Readers that scan OUT skip `_run` for its underscore.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from batchllm.dataset.parts import (
     ForeignFile,
@@ -26,13 +25,8 @@ from batchllm.dataset.parts import (
     parquet_files,
     read_mark,
 )
-from batchllm.durable import make_folder, sync_folder, writing
+from batchllm.durable import sync_folder, writing
 from batchllm.errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # no such locks here: two runs into one folder are then not told apart
-    fcntl = None  # type: ignore[assignment]
 
 MANIFEST_FORMAT = 1
 _FILES_OF_A_RUN = ("manifest.json", "job.yaml", "metrics.json", "plan.parquet", "report.html")
@@ -51,35 +45,6 @@ class Folder:
         self.commit_marker = self.run / "COMMIT"
         self.manifest = self.run / "manifest.json"
         self.lock = self.run / "lock"
-
-
-class FolderLock:
-    """Held by the one process that writes an output folder; gone with the process, however it ends."""
-
-    def __init__(self, folder: Folder) -> None:
-        make_folder(folder.run)
-        with writing(folder.lock):
-            self._file: IO[str] = open(folder.lock, "a+", encoding="utf-8")  # noqa: SIM115 (held, not used)
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise OutputError(
-                f"{folder.path}: another run (process {owner}) is writing this folder; "
-                "wait until it has ended or choose another output.path"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number in it
-            self._file.truncate(0)
-            self._file.write(f"{os.getpid()}\n")
-            self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
 
 
 def check_output(path: Path, identity: str, overwrite: bool = False) -> None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
 from batchllm.core import IntArray, RequestResult, RequestTable
+from batchllm.dataset.claim import Claim, claim_output
 from batchllm.dataset.columns import Columns, RowReader
 from batchllm.dataset.finish import (
     DamagedPart,
@@ -38,7 +39,6 @@ from batchllm.dataset.finish import (
 from batchllm.dataset.folder import (
     MANIFEST_FORMAT,
     Folder,
-    FolderLock,
     check_output,
     read_manifest,
     remove_results,
@@ -51,14 +51,14 @@ from batchllm.versions import batchllm_version
 
 MAX_PART_ROWS = 1_000_000  # the keys of a part's rows lie in its footer, which every reader loads whole
 
-__all__ = ["MAX_PART_ROWS", "ResultStore", "check_output"]
+__all__ = ["MAX_PART_ROWS", "ResultStore", "check_output", "claim_output"]
 
 
 class ResultStore:
     """The output folder of one running job. One thread uses it; a lock keeps other processes out."""
 
     def __init__(
-        self, folder: Folder, lock: FolderLock, columns: Columns, inherited: Inherited, header: dict[str, Any]
+        self, folder: Folder, columns: Columns, inherited: Inherited, header: dict[str, Any]
     ) -> None:
         """For `open` only."""
         self.path = folder.path
@@ -68,7 +68,7 @@ class ResultStore:
         self.num_errors = inherited.errors  # answered requests that are errors
         self.notes: list[str] = _notes(folder, inherited)
         self._folder = folder
-        self._lock = lock
+        self._held = contextlib.ExitStack()  # what `close` lets go of
         self._columns = columns
         self._header = header
         self._parts: dict[str, IntArray] = inherited.parts
@@ -91,34 +91,32 @@ class ResultStore:
         flush_seconds: float = 30.0,
         resolved_job: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        claim: Claim | None = None,
     ) -> ResultStore:
-        """Claims the folder, takes over earlier answers, and says in `done` which requests they answer.
+        """Takes over earlier answers, and says in `done` which requests they answer.
 
         `kept` holds the id and kept columns, one row per input row; `fault_rows` are the rows without a
         prompt, whose errors are final. Errors of other rows are dropped, so they are tried again.
-        Raises what `check_output` raises, and OutputError while another process writes the folder.
+        Without a `claim` on this path, which the caller goes on holding, the store makes one of its own.
         """
         if not 1 <= part_rows <= MAX_PART_ROWS:
             raise JobError(f"output.part_rows: must be between 1 and {MAX_PART_ROWS:,}, not {part_rows:,}")
         columns = Columns(requests, kept, logprobs)
-        check_output(path, identity, overwrite)
-        folder = Folder(path)
-        lock = FolderLock(folder)
-        try:
-            check_output(path, identity, overwrite)  # again: another run may have ended in between
+        with contextlib.ExitStack() as held:
+            if claim is None:
+                claim = held.enter_context(claim_output(path, identity, overwrite))
+            folder = claim.folder
             if overwrite:
                 remove_results(folder)
             recover(folder)
             inherited = take_over(folder, columns, job_digest(identity), fault_rows, part_rows)
             header = _manifest_header(folder, identity, configuration, requests, part_rows, flush_seconds)
-            store = cls(folder, lock, columns, inherited, header)
+            store = cls(folder, columns, inherited, header)
             if resolved_job is not None:
                 text = yaml.safe_dump(dict(resolved_job), sort_keys=False, allow_unicode=True)
                 write_bytes(folder.run / "job.yaml", text.encode(errors="replace"))
             store._write_manifest("finished" if store._finished else "running")
-        except BaseException:
-            lock.release()
-            raise
+            store._held = held.pop_all()
         return store
 
     def add(self, results: Sequence[RequestResult]) -> None:
@@ -180,7 +178,7 @@ class ResultStore:
                 else:
                     self._write_manifest("interrupted")
         finally:
-            self._lock.release()
+            self._held.close()
 
     def __enter__(self) -> ResultStore:
         return self

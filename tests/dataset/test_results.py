@@ -17,7 +17,7 @@ import pytest
 
 from batchllm.core import RequestResult
 from batchllm.dataset.columns import RowReader
-from batchllm.dataset.results import ResultStore, check_output
+from batchllm.dataset.results import ResultStore, check_output, claim_output
 from batchllm.durable import WriteFailed
 from batchllm.errors import JobError, OutputError
 from tests.dataset.results_world import IDENTITY, World, names
@@ -298,6 +298,46 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
             WORLD.open(tmp_path, overwrite=True)
     assert len(read(tmp_path)) == 12
     WORLD.open(tmp_path).close()
+
+
+def test_a_claim_is_held_while_nothing_is_stored_yet(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with claim_output(out, IDENTITY) as claim:
+        (claim.work_dir / "tokens").write_text("")
+        with pytest.raises(OutputError, match="is writing this folder"), claim_output(out, IDENTITY):
+            pass
+        assert (claim.work_dir / "tokens").exists()
+        with ResultStore.open(out, IDENTITY, WORLD.requests, WORLD.kept, claim=claim) as store:
+            WORLD.fill(store)
+            store.finish()
+        with pytest.raises(OutputError, match="is writing this folder"), claim_output(out, IDENTITY):
+            pass
+    assert not claim.work_dir.exists()
+    assert read(out) == WORLD.rows()
+    with claim_output(out, IDENTITY):
+        pass
+    assert read(out) == WORLD.rows()
+
+
+def test_a_claim_without_results_leaves_no_trace(tmp_path: Path) -> None:
+    def fail(out: Path) -> None:
+        with claim_output(out, IDENTITY) as claim:
+            (claim.work_dir / "tokens").write_text("")
+            raise JobError("the model cannot be loaded")
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    for out in (tmp_path / "a" / "b", tmp_path / "mine"):
+        with pytest.raises(JobError):
+            fail(out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes.txt"]
+
+
+def test_a_claim_finds_no_files_of_a_killed_run(tmp_path: Path) -> None:
+    (tmp_path / "_run" / "work").mkdir(parents=True)
+    (tmp_path / "_run" / "work" / "tokens").write_text("half")
+    with claim_output(tmp_path, IDENTITY) as claim:
+        assert list(claim.work_dir.iterdir()) == []
 
 
 # ---- taking over

@@ -19,12 +19,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from batchllm.dataset import folder as folder_module
+from batchllm.dataset import claim as claim_module
 from batchllm.dataset.results import ResultStore
 from tests.dataset.results_world import World, names
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = str(Path(folder_module.__file__).parents[1])
+OURS = str(Path(claim_module.__file__).parents[1])
 STEPS = ("replace", "unlink", "link", "rmdir")
 
 
@@ -62,7 +62,7 @@ class Mortal:
         self.locks: list[Any] = []
         for name in STEPS:
             monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-        monkeypatch.setattr(folder_module.fcntl, "flock", self._locked(folder_module.fcntl.flock))
+        monkeypatch.setattr(claim_module.fcntl, "flock", self._locked(claim_module.fcntl.flock))
 
     def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
