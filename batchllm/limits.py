@@ -1,4 +1,4 @@
-"""How long sequences may be: faults for prompts beyond the model, and the longest sequence of a job."""
+"""What a model can read: faults for prompts beyond it, and the longest sequence of a job."""
 
 from __future__ import annotations
 
@@ -19,6 +19,24 @@ def refuse_long_prompts(prompts: PromptTable, max_length: int | None) -> PromptT
         for row in np.flatnonzero(lengths >= max_length)
     }
     return replace(prompts, faults={**prompts.faults, **faults}) if faults else prompts
+
+
+def refuse_unknown_tokens(prompts: PromptTable, vocabulary: int | None) -> PromptTable:
+    """Adds a fault for every prompt with a token id that a model of `vocabulary` tokens has no embedding for.
+
+    A tokenizer may know more tokens than the model beside it, and ids may be given directly.
+    """
+    if not vocabulary or not len(prompts.tokens) or int(prompts.tokens.max()) < vocabulary:
+        return prompts
+    places = np.flatnonzero(prompts.tokens >= vocabulary)
+    rows = np.searchsorted(prompts.offsets, places, side="right") - 1
+    faults = {
+        int(
+            row
+        ): f"the prompt has the token id {prompts.tokens[place]:,}; the model knows {vocabulary:,} tokens"
+        for row, place in zip(rows, places)
+    }
+    return replace(prompts, faults={**faults, **prompts.faults})
 
 
 def longest_sequence(prompts: PromptTable) -> int:

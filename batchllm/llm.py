@@ -29,7 +29,7 @@ from batchllm.executor.parity import check_parity
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 from batchllm.job import check_params
 from batchllm.job_values import parse_bytes
-from batchllm.limits import longest_sequence, refuse_long_prompts
+from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.report.progress import Progress
 
@@ -135,6 +135,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers all prompts: texts, lists of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
         many = [prompts] if isinstance(prompts, str | Mapping) or _is_token_ids(prompts) else list(prompts)
+        if self._tokenizer is None and any(_text_of(prompt) is not None for prompt in many):
+            raise ValueError("give token ids: the LLM was made with skip_tokenizer_init=True")
         params = SamplingParams() if sampling_params is None else sampling_params
         table = prompts_from_list(many, params, self._tokenizer)
         return self._answer(many, table, use_tqdm)
@@ -148,7 +150,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them, through the model's chat template."""
-        assert self._tokenizer is not None, "chat needs a tokenizer"
+        if self._tokenizer is None:
+            raise ValueError("chat needs a tokenizer, and the LLM was made with skip_tokenizer_init=True")
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [
             self._tokenizer.apply_chat_template(
@@ -163,6 +166,7 @@ class LLM:
 
     def _answer(self, many: list[Any], table: PromptTable, use_tqdm: bool) -> list[RequestOutput]:
         prompts = refuse_long_prompts(table, self._model.max_length)
+        prompts = refuse_unknown_tokens(prompts, self._model.text_config.vocab_size)
         check_lengths(self._model.limit, longest_sequence(prompts), self._model.model_type)
         requests = make_requests(prompts, None, b"")
         answers: list[RequestResult | None] = [None] * len(requests)

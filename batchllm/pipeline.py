@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +13,7 @@ from batchllm.answers import answers_of, error_of, faults_of
 from batchllm.core import Plan, PlanStats, PromptTable, RequestTable
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
+from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, check_output
 from batchllm.dataset.tokenizer import load_tokenizer
@@ -23,12 +21,13 @@ from batchllm.errors import JobError
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import check_model_folder, fingerprint
 from batchllm.job import JobSpec
-from batchllm.limits import longest_sequence, refuse_long_prompts
+from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
 from batchllm.report.summary import summary_text
+from batchllm.work_folder import work_folder
 
 if TYPE_CHECKING:
     import polars as pl
@@ -58,6 +57,11 @@ class RunSummary:
         return pl.scan_parquet(self.path / "*.parquet")
 
 
+class _Loaded(NamedTuple):
+    model: ModelRunner
+    kv_tokens: int
+
+
 @dataclass
 class _Run:
     """What the stages of one run share, and what its metrics are made from."""
@@ -69,6 +73,7 @@ class _Run:
     prompts: PromptTable
     requests: RequestTable
     store: ResultStore
+    model: _Loaded | None  # None: not loaded yet
     plan: PlanStats = _NOTHING
     engine: EngineStats | None = None
     kv_token_bytes: int = 0
@@ -88,14 +93,19 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
     check_output(job.output.path, identity, overwrite)
 
-    with _work_dir(job.output.path) as work_dir:
+    with work_folder(job.output.path) as work_dir:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, work_dir, stage)
-        prompts = refuse_long_prompts(rows.prompts, _max_length(config))
+        prompts = refuse_long_prompts(rows.prompts, _text_size(config, "max_position_embeddings"))
+        prompts = refuse_unknown_tokens(prompts, _text_size(config, "vocab_size"))
         check_lengths(limit, longest_sequence(prompts), config.model_type)
         configuration = _configuration(job)
         ids = rows.kept.column(job.input.id) if job.input.id else None
         requests = make_requests(prompts, ids, configuration)
+        # When the model turns out not to run, nothing may be left in a new folder and nothing of another job's
+        # results may be lost, so it is loaded first.
+        is_new = overwrite or not parquet_files(job.output.path)
+        model = _load_model(job, watch) if is_new and len(prompts.faults) < prompts.num_rows else None
         with ResultStore.open(
             job.output.path,
             identity,
@@ -109,7 +119,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             resolved_job=job.resolved(),
             overwrite=overwrite,
         ) as store:
-            run = _Run(job, tokenizer, progress, watch, prompts, requests, store)
+            run = _Run(job, tokenizer, progress, watch, prompts, requests, store, model)
             interrupted = _answer_and_finish(run)
             return _summary(run, interrupted)
 
@@ -145,11 +155,9 @@ def _answer_all(run: _Run) -> None:
     store.add(faults_of(~store.done, prompts, requests))
     if store.done.all():
         return
-    from batchllm.executor.budget import kv_token_budget, too_long
+    from batchllm.executor.budget import too_long
 
-    with run.watch.time("load"):
-        model = _load_model(job)
-    kv_tokens = kv_token_budget(model, job.engine.kv_memory)
+    model, kv_tokens = run.model or _load_model(job, run.watch)
     hopeless, reason = too_long(prompts, requests, ~store.done, kv_tokens)
     store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"), run.progress.stage("planning", int((~store.done).sum())) as stage:
@@ -193,13 +201,16 @@ def _show(stage: Stage, done: int, engine: Engine, kv_tokens: int, plan: PlanSta
     )
 
 
-def _load_model(job: JobSpec) -> ModelRunner:
+def _load_model(job: JobSpec, watch: Stopwatch) -> _Loaded:
+    """The model, checked, and the tokens that its KV memory holds."""
+    from batchllm.executor.budget import kv_token_budget
     from batchllm.executor.model import load_model
     from batchllm.executor.parity import check_parity
 
-    model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code)
-    check_parity(model)
-    return model
+    with watch.time("load"):
+        model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code)
+        check_parity(model)
+    return _Loaded(model, kv_token_budget(model, job.engine.kv_memory))
 
 
 def _plan_options(job: JobSpec) -> PlanOptions:
@@ -215,23 +226,8 @@ def _configuration(job: JobSpec) -> bytes:
     return json.dumps({"model": fingerprint(job.model.path), "dtype": job.model.dtype}).encode()
 
 
-def _max_length(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-@contextmanager
-def _work_dir(output: Path) -> Iterator[Path]:
-    """A folder for the token store beside the results, removed afterwards, with empty parents made for it."""
-    made = [folder for folder in (output / "_run" / "work", output / "_run", output) if not folder.exists()]
-    work = output / "_run" / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        for folder in made[1:]:
-            if not any(folder.iterdir()):
-                folder.rmdir()
+def _text_size(config: Any, name: str) -> int | None:
+    return getattr(config.get_text_config(), name, None)
 
 
 def _summary(run: _Run, interrupted: bool) -> RunSummary:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, EOS = 256, 257
 WORDS = ("th", "the", "an", "and")  # merges of the byte-level vocabulary
-VOCABULARY = 264
+VOCABULARY = EOS + 1 + len(WORDS)
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"

@@ -1,0 +1,270 @@
+"""One bad row never stops a job; one bad job never starts, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+import transformers as hf
+
+from batchllm.executor import attention_cpu
+from tests.executor.test_gate import dynamic_rope, llama4, longrope
+from tests.executor.test_model_folder import DAMAGES, Damage
+from tests.executor.tiny_models import COMMON, make_model
+from tests.jobs import (
+    KV_TOKEN_BYTES,
+    MODEL,
+    exit_code_of,
+    make_job,
+    questions,
+    read_metrics,
+    read_output,
+    save_model,
+)
+from tests.tiny_tokenizer import byte_tokenizer
+
+GOOD = ["What is it?", "Is it?"]
+
+
+def run_rows(
+    folder: Path, model: Path, prompts: list[Any], code: int = 3, **sections: Mapping[str, Any]
+) -> pl.DataFrame:
+    """Runs prompts between two good ones and checks that those are answered; returns the others' rows."""
+    rows = [{"id": str(i), "prompt": prompt} for i, prompt in enumerate([GOOD[0], *prompts, GOOD[1]])]
+    job = make_job(folder, model, rows, **sections)
+    assert exit_code_of("run", job, "--quiet") == code
+    table = read_output(folder / "out")
+    assert table["id"].to_list() == [row["id"] for row in rows]
+    good, bad = table[[0, -1]], table[1:-1]
+    assert good["finish_reason"].is_in(["stop", "length"]).all()
+    assert good["error"].is_null().all() and good["output"].is_not_null().all()
+    metrics = read_metrics(folder / "out")
+    assert metrics["rows_ok"] == (table["finish_reason"] != "error").sum()
+    assert metrics["rows_error"] == (table["finish_reason"] == "error").sum()
+    return bad
+
+
+def check_errors(bad: pl.DataFrame, reason: str) -> None:
+    assert (bad["finish_reason"] == "error").all()
+    assert bad["output"].is_null().all()
+    assert (bad["output_tokens"].list.len() == 0).all()
+    assert bad["error"].str.contains(reason).all(), bad["error"].to_list()
+
+
+def test_null(model_folder: Path, tmp_path: Path) -> None:
+    check_errors(run_rows(tmp_path, model_folder, [None, None]), "`prompt` is null")
+
+
+def test_empty_prompt(model_folder: Path, tmp_path: Path) -> None:
+    check_errors(run_rows(tmp_path, model_folder, [""]), "the prompt is empty")
+
+
+def test_prompt_longer_than_the_model(model_folder: Path, tmp_path: Path) -> None:
+    limit = MODEL["max_position_embeddings"]
+    bad = run_rows(tmp_path, model_folder, ["x" * limit, "y" * 5000])
+    check_errors(bad, "the model reads at most 511")
+    assert bad["prompt_tokens"].to_list() == [limit, 5000]
+
+
+def test_the_longest_prompt_the_model_reads_is_answered(model_folder: Path, tmp_path: Path) -> None:
+    longest = "x" * (MODEL["max_position_embeddings"] - 1)
+    answered = run_rows(tmp_path, model_folder, [longest], code=0)
+    assert answered["output_tokens"].list.len().to_list() == [1]
+
+
+def test_prompt_longer_than_kv_memory(model_folder: Path, tmp_path: Path) -> None:
+    bad = run_rows(tmp_path, model_folder, ["x" * 150], engine={"kv_memory": 100 * KV_TOKEN_BYTES})
+    check_errors(bad, "does not fit in KV memory, which holds 100 tokens; raise engine.kv_memory")
+
+
+def test_output_that_outgrows_kv_memory(model_folder: Path, tmp_path: Path) -> None:
+    """The prompt fits, and its answer does not."""
+    bad = run_rows(
+        tmp_path,
+        model_folder,
+        ["x" * 90],
+        engine={"kv_memory": 100 * KV_TOKEN_BYTES},
+        generate={"max_tokens": 40, "ignore_eos": True},
+    )
+    check_errors(bad, "KV memory")
+
+
+def test_invalid_utf8(model_folder: Path, tmp_path: Path) -> None:
+    raw = [GOOD[0].encode(), b"caf\xe9 \xff\xfe", GOOD[1].encode()]
+    text = pa.Array.from_buffers(pa.string(), 3, pa.array(raw, pa.binary()).buffers())
+    rows = pa.table({"id": ["0", "1", "2"], "prompt": text})
+    job = make_job(tmp_path, model_folder, rows)
+    assert exit_code_of("run", job, "--quiet") == 3
+    table = read_output(tmp_path / "out")
+    check_errors(table[1:2], "not valid UTF-8")
+    assert table["finish_reason"].to_list().count("error") == 1
+
+
+def test_template_error(model_folder: Path, tmp_path: Path) -> None:
+    bad = run_rows(
+        tmp_path,
+        model_folder,
+        ["x"],
+        prompt={"text": "{% if prompt == 'x' %}{{ 1 / 0 }}{% endif %}{{ prompt }}"},
+    )
+    check_errors(bad, "zero")
+
+
+def test_token_that_the_model_does_not_know(tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the model has embeddings, as after adding tokens to it."""
+    model = save_model(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<<new>>"])
+    tokenizer.save_pretrained(model)
+    bad = run_rows(tmp_path, model, ["a <<new>> word"])
+    check_errors(bad, "token id 262; the model knows 262 tokens")
+
+
+def test_everything_at_once_and_again(model_folder: Path, tmp_path: Path) -> None:
+    prompts = [None, "", "x" * 600, "fine"]
+    bad = run_rows(tmp_path, model_folder, prompts)
+    assert bad["finish_reason"].to_list()[:3] == ["error"] * 3
+    assert exit_code_of("run", tmp_path / "job.yaml", "--quiet") == 3, "errors stay errors"
+    assert len(read_output(tmp_path / "out")) == 6
+
+
+def test_only_bad_rows_need_no_model(model_folder: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, model_folder, pa.table({"id": ["a"], "prompt": pa.array([None], pa.string())}))
+    assert exit_code_of("run", job, "--quiet") == 3
+    check_errors(read_output(tmp_path / "out"), "null")
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_no_rows_are_a_valid_empty_result(model_folder: Path, tmp_path: Path, limit: int | None) -> None:
+    schema = pa.schema([("id", pa.string()), ("prompt", pa.string())])
+    rows = schema.empty_table() if limit is None else questions(3)
+    job = make_job(tmp_path, model_folder, rows, input={"limit": limit})
+    assert exit_code_of("run", job, "--quiet") == 0
+    table = read_output(tmp_path / "out")
+    assert len(table) == 0
+    assert table.schema["output"] == pl.String
+    assert table.schema["output_tokens"] == pl.List(pl.Int32)
+    assert read_metrics(tmp_path / "out")["rows_ok"] == 0
+    assert exit_code_of("run", job, "--quiet") == 0, "running it again changes nothing"
+
+
+# ---- jobs that must not start
+
+
+def refused(job: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """Runs a job that cannot start; returns the one sentence it is refused with."""
+    before = sorted(job.parent.rglob("*"))
+    capfd.readouterr()
+    assert exit_code_of("run", job, "--quiet") == 2
+    assert sorted(job.parent.rglob("*")) == before, "something was written"
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_model_folder_that_cannot_be_used(
+    model_folder: Path, tmp_path: Path, damage: Damage, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    damage(model)
+    sentence = refused(make_job(tmp_path / "job", model, questions(3), output={"path": "deep/er/out"}), capfd)
+    assert "model.path: " in sentence
+    assert not (tmp_path / "job" / "deep").exists()
+
+
+def test_a_bad_model_leaves_the_results_of_another_job_alone(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_job(tmp_path / "first", model_folder, questions(3), output={"path": str(tmp_path / "out")})
+    assert exit_code_of("run", tmp_path / "first" / "job.yaml", "--quiet") == 0
+    before = read_output(tmp_path / "out")
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (model / "model.safetensors").write_bytes(b"nothing")
+    job = make_job(tmp_path / "second", model, questions(2), output={"path": str(tmp_path / "out")})
+    assert exit_code_of("run", job, "--quiet", "--overwrite") == 2
+    assert read_output(tmp_path / "out").equals(before)
+
+
+@pytest.mark.parametrize(
+    ("make_config", "reason"),
+    [(llama4, "chunked attention"), (longrope, "longrope RoPE"), (dynamic_rope, "dynamic RoPE")],
+)
+def test_a_model_beyond_the_length_it_is_exact_for(
+    tmp_path: Path, make_config: Any, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    model = tmp_path / "model"
+    make_model(config).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    # The tokenizer writes single bytes, and these models know 97 tokens: digits are among them.
+    short, long = {"id": "a", "prompt": "12"}, {"id": "b", "prompt": "1" * 44}
+    job = make_job(tmp_path / "long", model, [short, long])
+    sentence = refused(job, capfd)
+    assert f"model type {config.model_type} " in sentence
+    assert reason in sentence
+    assert exit_code_of("run", make_job(tmp_path / "short", model, [short]), "--quiet") == 0
+
+
+def test_a_model_type_that_is_never_exact(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", config=hf.DiffLlamaConfig(**COMMON))
+    sentence = refused(make_job(tmp_path / "job", model, questions(2)), capfd)
+    assert "model type diffllama cannot run exactly" in sentence
+
+
+def test_a_model_that_fails_the_parity_check(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_cpu, "merge_into", lambda *args: None)
+    assert "differ from transformers' own" in refused(make_job(tmp_path, model_folder, questions(2)), capfd)
+
+
+def test_kv_memory_that_holds_no_token(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path, model_folder, questions(2), engine={"kv_memory": KV_TOKEN_BYTES - 1})
+    assert "engine.kv_memory" in refused(job, capfd)
+
+
+def test_the_results_of_another_job(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Refused, unless --overwrite says otherwise."""
+    out = {"path": str(tmp_path / "out")}
+    first = make_job(tmp_path / "first", model_folder, questions(4), output=out)
+    assert exit_code_of("run", first, "--quiet") == 0
+    before = read_output(tmp_path / "out")
+    other = make_job(tmp_path / "second", model_folder, questions(2), output=out)
+    assert "another job" in refused(other, capfd)
+    assert read_output(tmp_path / "out").equals(before)
+    assert exit_code_of("run", other, "--quiet", "--overwrite") == 0
+    assert read_output(tmp_path / "out")["id"].to_list() == ["row-0", "row-1"]
+
+
+def test_a_fault_of_ours_is_told_apart(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, answers found so far are kept, and the next run goes on."""
+    job = make_job(tmp_path, model_folder, questions(6))
+    attend, calls = attention_cpu.CpuStepAttention.attend, []
+
+    def failing(self: Any, layer: int, *args: Any, **options: Any) -> torch.Tensor:
+        calls.append(layer)
+        if len(calls) == 40:
+            raise RuntimeError("out of luck")
+        return attend(self, layer, *args, **options)
+
+    monkeypatch.setattr(attention_cpu.CpuStepAttention, "attend", failing)
+    assert exit_code_of("run", job, "--quiet", "--set", "engine.max_step_tokens=16") == 1
+    assert "out of luck" in capfd.readouterr().err
+    assert len(calls) == 40
+    assert exit_code_of("run", job, "--quiet") == 0
+    assert len(read_output(tmp_path / "out")) == 6
+    assert json.loads((tmp_path / "out" / "_run" / "manifest.json").read_text())["status"] == "finished"
