@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
 # Two matrices in the MLP (up, down) instead of three (gate, up, down).
 _UNGATED = frozenset(
     "gpt2 gpt_neo gpt_neox gpt_bigcode gptj phi opt falcon starcoder2 bloom mpt nemotron codegen".split()
@@ -37,7 +42,9 @@ class LayerShape:
     @property
     def active_parameters(self) -> int:
         """Those that one token is multiplied with."""
-        return self.attention_parameters + self.dense_parameters + self.active_experts * self.expert_parameters
+        return (
+            self.attention_parameters + self.dense_parameters + self.active_experts * self.expert_parameters
+        )
 
     @property
     def flops_per_pair(self) -> int:
@@ -49,9 +56,10 @@ class LayerShape:
         """Numbers stored for a token. Keys and values are stored equally wide (see executor.kv_pool)."""
         return 2 * self.kv_heads * max(self.key_dim, self.value_dim)
 
-    def read_parameters(self, tokens: float) -> float:
+    def read_parameters(self, tokens: FloatArray | float) -> FloatArray:
         """Parameters that a step of so many tokens reads: of the experts those that some token is sent to."""
-        untouched = (1 - self.active_experts / self.experts) ** tokens if self.experts else 0.0
+        share = self.active_experts / self.experts if self.experts else 1.0
+        untouched: FloatArray = (1 - share) ** np.asarray(tokens, dtype=np.float64)
         routed = self.experts * self.expert_parameters * (1 - untouched)
         return self.attention_parameters + self.dense_parameters + routed
 

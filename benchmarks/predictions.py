@@ -1,0 +1,138 @@
+"""How well the cost model foresees a run: predicted and measured seconds of the benchmark workloads, on this CPU.
+
+    python -m benchmarks.predictions --workloads groups,long_prefix,many_prefixes,no_sharing
+
+Two predictions are shown: from the loads of the steps as the engine ran them (the cost model alone), and from the plan
+(what is known before the run). Each workload is calibrated for anew, as in a job. Results go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from batchllm import core
+from batchllm.dataset.keys import make_requests
+from batchllm.dataset.load import prompts_from_list
+from batchllm.executor import calibrate
+from batchllm.executor.budget import engine_options, kv_token_budget
+from batchllm.executor.engine import Engine
+from batchllm.executor.model import ModelRunner, load_model
+from batchllm.executor.step import StepBatch
+from batchllm.executor.stopping import StopRules
+from batchllm.planner.cost import step_costs
+from batchllm.planner.loads import StepLoads
+from batchllm.planner.model_shape import model_shape
+from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.versions import versions
+from benchmarks import workloads
+from benchmarks.model import make_model
+
+_RESULTS = Path(__file__).parent / "results"
+
+
+@click.command()
+@click.option("--workloads", "names", default="groups,long_prefix,many_prefixes,no_sharing")
+@click.option(
+    "--cpu-time", is_flag=True, help="Measure with the CPU clock: for one thread on a busy machine."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="JSON file; default: results/")
+def main(names: str, cpu_time: bool, out: Path | None) -> None:
+    """Predicts and runs every workload."""
+    if cpu_time:
+        calibrate._clock = time.process_time
+    with tempfile.TemporaryDirectory() as scratch:
+        model = load_model(str(make_model(Path(scratch) / "model")))
+        rows = [_measure(model, name) for name in names.split(",")]
+    for row in rows:
+        click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
+    report = {
+        "date": date.today().isoformat(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions(),
+        "rows": rows,
+    }
+    target = out or _RESULTS / f"{report['date']}-predictions-cpu.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _measure(model: ModelRunner, name: str) -> dict[str, Any]:
+    workload = workloads.make(name)
+    params = core.SamplingParams(max_tokens=workload.max_tokens, ignore_eos=True)
+    prompts = prompts_from_list(workload.prompts, params, None)
+    requests = make_requests(prompts, None, b"")
+    plan = build_plan(prompts, requests, np.ones(len(requests), dtype=bool), PlanOptions())
+    options = engine_options(plan, prompts, kv_token_budget(model, "auto"), "auto")
+
+    started = calibrate._clock()
+    profile = calibrate.calibrate(model, params)
+    calibration = calibrate._clock() - started
+    shape = model_shape(model.text_config)
+    engine = _CountingEngine(model, plan, prompts, requests, StopRules(frozenset(), None), options)
+    started = calibrate._clock()
+    for _ in engine.run():
+        pass
+    took = calibrate._clock() - started
+    counted = step_costs(shape, profile, engine.loads(), model.dtype.itemsize)
+    return {
+        "workload": name,
+        "took_seconds": round(took, 2),
+        "from_counted_steps": round(counted.total_seconds, 2),
+        "error": f"{counted.total_seconds / took - 1:+.1%}",
+        "steps": engine.stats.steps,
+        "calibration_seconds": round(calibration, 2),
+        "parts": {
+            p: round(float((counted.steps * getattr(counted, p)).sum()), 2)
+            for p in ("layers", "logits", "attention", "overhead")
+        },
+    }
+
+
+class _CountingEngine(Engine):
+    """Notes the load of every step, as planner.loads counts it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._counted: list[list[float]] = []
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        self._counted.append(_loads(batch))
+        return super()._forward(batch)
+
+    def loads(self) -> StepLoads:
+        return StepLoads(*np.array(self._counted, dtype=np.float64).T)
+
+
+def _loads(batch: StepBatch) -> list[float]:
+    held = np.array([chunk.held_before for chunk in batch.chunks])
+    count = np.array([chunk.count for chunk in batch.chunks])
+    readers = np.array([sum(chunk.count for chunk in read.chunks) for read in batch.shared_reads])
+    length = np.array([read.length for read in batch.shared_reads])
+    return [
+        1,
+        len(batch.tokens) - batch.decode_tokens,
+        batch.decode_tokens,
+        len(batch.logit_rows),
+        len(batch.chunks),
+        float((held * count + count * (count + 1) / 2).sum()),
+        float((held + count).sum()),
+        len(batch.shared_reads),
+        float((readers * length).sum()),
+        float(length.sum()),
+        len(batch.copy_to),
+    ]
+
+
+if __name__ == "__main__":
+    main()
