@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchllm.dataset.files import first_line
+from batchllm.dataset.line_encoder import line_encoder
 from batchllm.dataset.prompts import Prompt
 from batchllm.dataset.rows import RowFault
 
 # Long prompts go to the tokenizer in smaller batches: ids come back as Python lists, 8 bytes a token and more.
 _CALL_CHARACTERS = 8_000_000
+_NO_TOKENS = RowFault("the prompt has no tokens")
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,12 @@ def _calls(texts: Mapping[int, str]) -> Iterator[list[int]]:
 
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[Sequence[int] | RowFault]:
     try:
+        by_line = line_encoder(tokenizer)
+        if by_line is not None:
+            return [ids or _NO_TOKENS for ids in by_line.encode(texts, special)]
         encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
     except Exception as error:  # tokenizers raise what they like, on half a surrogate pair for one
         if len(texts) > 1:
             return [_encode(tokenizer, [text], special)[0] for text in texts]
         return [RowFault(f"the prompt cannot be tokenised: {first_line(error)}")]
-    return [ids or RowFault("the prompt has no tokens") for ids in encoded["input_ids"]]
+    return [ids or _NO_TOKENS for ids in encoded["input_ids"]]
