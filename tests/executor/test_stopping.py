@@ -123,7 +123,7 @@ def test_same_tokens_as_generate_with_stop_strings() -> None:
     model = make_model(config, seed=3)
     random = torch.Generator().manual_seed(0)
     ended = 0
-    for _ in range(12):
+    for _ in range(20):
         prompt = torch.randint(4, VOCABULARY, (1, 9), generator=random)
         free = _generate(model, prompt)
         text = TOKENIZER.decode(free, skip_special_tokens=True)
