@@ -6,6 +6,7 @@
     generate: {max_tokens, temperature, ...}          each a value or {column: NAME}
     output:   {path, keep, part_rows, flush_seconds}
     engine:   {device, kv_memory, max_step_tokens, order, workers, min_shared_tokens}
+    plan:     {history}
 
 A key whose value is null counts as not given. Relative paths start at the job file's own folder.
 """
@@ -15,71 +16,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PrivateAttr,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, PrivateAttr, ValidationError
 
 from batchllm.core import SamplingParams
 from batchllm.errors import JobError
 from batchllm.job_errors import HIDDEN, complaint, describe, first_error, key_path, unknown_key
-from batchllm.job_paths import input_path, model_path, output_path
-from batchllm.job_values import (
-    Bytes,
-    Count,
-    CountOrAuto,
-    CountOrNone,
-    Flag,
-    KeptColumns,
-    Limit,
-    MinP,
-    OneWorker,
-    PathText,
-    Seconds,
-    Seed,
-    StopStrings,
-    StopTokens,
-    Temperature,
-    Text,
-    TopP,
-    parse_bytes,
+from batchllm.job_paths import history_path, input_path, model_path, output_path
+from batchllm.job_sections import (
+    ColumnRef,
+    EngineSpec,
+    GenerateSpec,
+    InputSpec,
+    InvalidParam,
+    MessageSpec,
+    ModelSpec,
+    OutputSpec,
+    PlanSpec,
+    PromptSpec,
+    Section,
+    valid_params,
 )
+from batchllm.job_values import parse_bytes
 from batchllm.job_yaml import Override, apply_overrides, parse_override, parse_yaml
-
-
-class _Section(BaseModel):
-    """A mapping with known keys only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_given(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        named = {str(key): value for key, value in data.items()}
-        return {
-            key: value for key, value in named.items() if value is not None or key not in cls.model_fields
-        }
-
-
-class ColumnRef(_Section):
-    """`{column: NAME}`: the value of each row is in that column."""
-
-    column: Annotated[str, Field(strict=True, min_length=1)]
-
-
-def _value_or_column(value: object) -> str:
-    return HIDDEN + ("column" if isinstance(value, Mapping | ColumnRef) else "value")
-
 
 __all__ = [
     "ColumnRef",
@@ -91,6 +51,7 @@ __all__ = [
     "MessageSpec",
     "ModelSpec",
     "OutputSpec",
+    "PlanSpec",
     "PromptSpec",
     "check_params",
     "load_job",
@@ -98,103 +59,8 @@ __all__ = [
     "parse_bytes",
 ]
 
-T = TypeVar("T")
 
-OrColumn = Annotated[
-    Annotated[T, Tag(HIDDEN + "value")] | Annotated[ColumnRef, Tag(HIDDEN + "column")],
-    Discriminator(_value_or_column),
-]
-
-
-class ModelSpec(_Section):
-    path: PathText  # a folder (absolute), or the id of a model on the hub
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    trust_remote_code: Flag = False
-
-
-class InputSpec(_Section):
-    path: PathText  # an absolute file, folder or glob, or a URL
-    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
-    id: Text | None = None
-    limit: Limit | None = None
-
-
-class MessageSpec(_Section):
-    role: Text
-    content: Annotated[str, Field(strict=True)]
-
-
-class PromptSpec(_Section):
-    """Exactly one of `text`, `messages` and `column` is set."""
-
-    text: Text | None = None
-    messages: Annotated[tuple[MessageSpec, ...], Field(min_length=1)] | None = None
-    column: Text | None = None
-    template_args: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> PromptSpec:
-        given = [name for name in ("text", "messages", "column") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"must have exactly one of text, messages and column, found {found}")
-        if self.template_args and self.text is not None:
-            raise ValueError("has template_args, which are for messages or column and do nothing for text")
-        return self
-
-
-class GenerateSpec(_Section):
-    """How answers are sampled. `columns` and `params` are how a row set gets its SamplingParams."""
-
-    max_tokens: OrColumn[Count] = 256
-    temperature: OrColumn[Temperature] = 0.0
-    top_p: OrColumn[TopP] = 1.0
-    top_k: OrColumn[CountOrNone] = 0
-    min_p: OrColumn[MinP] = 0.0
-    n: OrColumn[Count] = 1
-    seed: OrColumn[Seed] = 0
-    stop: OrColumn[StopStrings] = ()
-    stop_token_ids: OrColumn[StopTokens] = ()
-    ignore_eos: OrColumn[Flag] = False
-    logprobs: OrColumn[Flag] = False
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Parameter → the column its values are in."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value.column for name, value in values.items() if isinstance(value, ColumnRef)}
-
-    def params(self, row_values: Mapping[str, object]) -> SamplingParams:
-        """The parameters of a row, given a value for every parameter in `columns`. Raises InvalidParam."""
-        values = {name: getattr(self, name) for name in type(self).model_fields} | dict(row_values)
-        return SamplingParams(**_valid_params(values))
-
-
-class InvalidParam(ValueError):
-    """One sampling parameter is out of range: `parameter` names it, `reason` ends the sentence "it ..."."""
-
-    def __init__(self, parameter: str, reason: str) -> None:
-        super().__init__(f"{parameter} {reason}")
-        self.parameter, self.reason = parameter, reason
-
-
-class OutputSpec(_Section):
-    path: Path  # absolute
-    keep: KeptColumns = ()
-    part_rows: Count = 10_000
-    flush_seconds: Seconds = 10.0
-
-
-class EngineSpec(_Section):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    kv_memory: Bytes = "auto"
-    max_step_tokens: CountOrAuto = "auto"
-    order: Literal["auto", "decode_ratio", "tree", "input"] = "auto"
-    workers: OneWorker = 1
-    min_shared_tokens: CountOrAuto = "auto"
-
-
-class JobSpec(_Section):
+class JobSpec(Section):
     """One job. Paths are absolute; `source` is what error messages call the job file."""
 
     model: ModelSpec
@@ -203,6 +69,7 @@ class JobSpec(_Section):
     generate: GenerateSpec = GenerateSpec()
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
+    plan: PlanSpec = PlanSpec()
     _source: str = PrivateAttr("job")
 
     @property
@@ -250,21 +117,9 @@ def make_job(
 def check_params(params: SamplingParams) -> SamplingParams:
     """The same parameters with every value in range and of its type. Raises JobError otherwise."""
     try:
-        return SamplingParams(**_valid_params(asdict(params)))
+        return SamplingParams(**valid_params(asdict(params)))
     except InvalidParam as error:
         raise JobError(f"SamplingParams: {error}") from None
-
-
-def _valid_params(values: Mapping[str, object]) -> dict[str, Any]:
-    for name, value in values.items():
-        if isinstance(value, Mapping | ColumnRef):
-            raise InvalidParam(name, "must be a value, found a mapping")
-    try:
-        spec = GenerateSpec.model_validate(dict(values))
-    except ValidationError as failure:
-        error = first_error(failure.errors(include_url=False))
-        raise InvalidParam(key_path(error["loc"]), complaint(error)) from None
-    return {name: getattr(spec, name) for name in values}
 
 
 def _parse_overrides(overrides: Sequence[str] | Mapping[str, object]) -> list[Override]:
@@ -291,12 +146,15 @@ def _make(mapping: Mapping[Any, Any], base_dir: Path, source: str, overrides: Se
 
 def _with_absolute_paths(spec: JobSpec, base_dir: Path, where: Callable[[str], str]) -> JobSpec:
     sections = {}
-    for section, resolve in (("model", model_path), ("input", input_path), ("output", output_path)):
+    for section, name, resolve in _PATHS:
         values = getattr(spec, section)
+        path = getattr(values, name)
+        if path is None:
+            continue
         try:
-            sections[section] = values.model_copy(update={"path": resolve(values.path, base_dir)})
+            sections[section] = values.model_copy(update={name: resolve(path, base_dir)})
         except ValueError as error:
-            key = f"{section}.path"
+            key = f"{section}.{name}"
             raise JobError(f"{where(key)}: {key} {error}") from None
     return spec.model_copy(update=sections)
 
@@ -342,6 +200,12 @@ def _section_class(name: str) -> type[BaseModel]:
 
 
 _SECTIONS = {name: list(_section_class(name).model_fields) for name in JobSpec.model_fields}
+_PATHS: tuple[tuple[str, str, Callable[[Any, Path], str | Path]], ...] = (
+    ("model", "path", model_path),
+    ("input", "path", input_path),
+    ("output", "path", output_path),
+    ("plan", "history", history_path),
+)
 _TEXT_KEYS = frozenset(
-    {"model.path", "input.path", "input.id", "prompt.text", "prompt.column", "output.path"}
+    "model.path input.path input.id prompt.text prompt.column output.path plan.history".split()
 )

@@ -29,6 +29,14 @@ def output_path(path: Path, base_dir: Path) -> Path:
     return absolute
 
 
+def history_path(path: Path, base_dir: Path) -> Path:
+    """An existing local folder."""
+    absolute = Path(_absolute(str(path), base_dir))
+    if not absolute.is_dir():
+        raise ValueError(f"must be the output folder of an earlier run, and there is no folder `{absolute}`")
+    return absolute
+
+
 def model_path(path: str, base_dir: Path) -> str:
     """An existing folder becomes absolute; what can be `model` or `owner/model` on the hub stays as it is."""
     absolute = _absolute(path, base_dir)

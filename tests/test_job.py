@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,17 @@ def test_output_cannot_be_a_file(tmp_path: Path) -> None:
 
 
 # Overrides
+
+
+def test_history_is_an_existing_folder_beside_the_job(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    job = make_job(job_with(plan={"history": "old"}), tmp_path)
+    assert job.plan.history == tmp_path / "old"
+    assert make_job(job.resolved(), tmp_path / "elsewhere") == job
+    message = f"must be the output folder of an earlier run, and there is no folder `{tmp_path}/gone`"
+    with pytest.raises(JobError, match=re.escape(f"job: plan.history {message}")):
+        make_job(job_with(plan={"history": "gone"}), tmp_path)
+    assert make_job(SMALLEST, tmp_path).plan.history is None
 
 
 def test_overrides_are_yaml_values_and_the_last_one_counts(tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""The sections of a job file and what each key may hold. `job` reads the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from batchllm.core import SamplingParams
+from batchllm.job_errors import HIDDEN, complaint, first_error, key_path
+from batchllm.job_values import (
+    Bytes,
+    Count,
+    CountOrAuto,
+    CountOrNone,
+    Flag,
+    KeptColumns,
+    Limit,
+    MinP,
+    OneWorker,
+    PathText,
+    Seconds,
+    Seed,
+    StopStrings,
+    StopTokens,
+    Temperature,
+    Text,
+    TopP,
+)
+
+
+class Section(BaseModel):
+    """A mapping with known keys only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        named = {str(key): value for key, value in data.items()}
+        return {
+            key: value for key, value in named.items() if value is not None or key not in cls.model_fields
+        }
+
+
+class ColumnRef(Section):
+    """`{column: NAME}`: the value of each row is in that column."""
+
+    column: Annotated[str, Field(strict=True, min_length=1)]
+
+
+def _value_or_column(value: object) -> str:
+    return HIDDEN + ("column" if isinstance(value, Mapping | ColumnRef) else "value")
+
+
+T = TypeVar("T")
+
+OrColumn = Annotated[
+    Annotated[T, Tag(HIDDEN + "value")] | Annotated[ColumnRef, Tag(HIDDEN + "column")],
+    Discriminator(_value_or_column),
+]
+
+
+class ModelSpec(Section):
+    path: PathText  # a folder (absolute), or the id of a model on the hub
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: Flag = False
+
+
+class InputSpec(Section):
+    path: PathText  # an absolute file, folder or glob, or a URL
+    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    id: Text | None = None
+    limit: Limit | None = None
+
+
+class MessageSpec(Section):
+    role: Text
+    content: Annotated[str, Field(strict=True)]
+
+
+class PromptSpec(Section):
+    """Exactly one of `text`, `messages` and `column` is set."""
+
+    text: Text | None = None
+    messages: Annotated[tuple[MessageSpec, ...], Field(min_length=1)] | None = None
+    column: Text | None = None
+    template_args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> PromptSpec:
+        given = [name for name in ("text", "messages", "column") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"must have exactly one of text, messages and column, found {found}")
+        if self.template_args and self.text is not None:
+            raise ValueError("has template_args, which are for messages or column and do nothing for text")
+        return self
+
+
+class GenerateSpec(Section):
+    """How answers are sampled. `columns` and `params` are how a row set gets its SamplingParams."""
+
+    max_tokens: OrColumn[Count] = 256
+    temperature: OrColumn[Temperature] = 0.0
+    top_p: OrColumn[TopP] = 1.0
+    top_k: OrColumn[CountOrNone] = 0
+    min_p: OrColumn[MinP] = 0.0
+    n: OrColumn[Count] = 1
+    seed: OrColumn[Seed] = 0
+    stop: OrColumn[StopStrings] = ()
+    stop_token_ids: OrColumn[StopTokens] = ()
+    ignore_eos: OrColumn[Flag] = False
+    logprobs: OrColumn[Flag] = False
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Parameter → the column its values are in."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value.column for name, value in values.items() if isinstance(value, ColumnRef)}
+
+    def params(self, row_values: Mapping[str, object]) -> SamplingParams:
+        """The parameters of a row, given a value for every parameter in `columns`. Raises InvalidParam."""
+        values = {name: getattr(self, name) for name in type(self).model_fields} | dict(row_values)
+        return SamplingParams(**valid_params(values))
+
+
+class InvalidParam(ValueError):
+    """One sampling parameter is out of range: `parameter` names it, `reason` ends the sentence "it ..."."""
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        super().__init__(f"{parameter} {reason}")
+        self.parameter, self.reason = parameter, reason
+
+
+class OutputSpec(Section):
+    path: Path  # absolute
+    keep: KeptColumns = ()
+    part_rows: Count = 10_000
+    flush_seconds: Seconds = 10.0
+
+
+class EngineSpec(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kv_memory: Bytes = "auto"
+    max_step_tokens: CountOrAuto = "auto"
+    order: Literal["auto", "decode_ratio", "tree", "input"] = "auto"
+    workers: OneWorker = 1
+    min_shared_tokens: CountOrAuto = "auto"
+
+
+class PlanSpec(Section):
+    """What the planner may learn from before the run."""
+
+    history: Path | None = (
+        None  # absolute: the output folder of an earlier run, for the lengths of its answers
+    )
+
+
+def valid_params(values: Mapping[str, object]) -> dict[str, Any]:
+    for name, value in values.items():
+        if isinstance(value, Mapping | ColumnRef):
+            raise InvalidParam(name, "must be a value, found a mapping")
+    try:
+        spec = GenerateSpec.model_validate(dict(values))
+    except ValidationError as failure:
+        error = first_error(failure.errors(include_url=False))
+        raise InvalidParam(key_path(error["loc"]), complaint(error)) from None
+    return {name: getattr(spec, name) for name in values}
