@@ -20,7 +20,7 @@ import torch
 from generator import FULL_TASK, KINDS, make_document_set
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS = 16
 
 
 class Item(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from network import Network, NetworkConfig
-from tokenizer import CHAT_TEMPLATE, END, PAD, build_tokenizer
+from tokenizer import CHAT_TEMPLATE, END, PAD, SHIPPED, load_tokenizer, reply_decoder
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -81,16 +81,18 @@ def _check_logits(network: Network, model: Qwen3ForCausalLM) -> None:
     length = 64
     ids = torch.randint(network.config.vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
     visible = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, length, length)
-    expected = network(ids, torch.arange(length).expand(2, length), visible)[-1] @ network.embedding.T
+    expected = network(ids, torch.arange(length).expand(2, length), visible) @ network.embedding.T
     difference = (model(input_ids=ids).logits - expected).abs().max().item()
     if difference > LOGIT_TOLERANCE:
         raise ValueError(f"exported logits differ from the training network by {difference:.3g}")
 
 
-def export(checkpoint: Path, folder: Path) -> None:
+def export(checkpoint: Path, folder: Path, tokenizer_path: Path) -> None:
     """Write model, generation settings, tokenizer and chat template into ``folder``, weights in bfloat16."""
+    backend = load_tokenizer(tokenizer_path)
+    backend.decoder = reply_decoder()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(), eos_token=END, pad_token=PAD, model_max_length=MAX_POSITIONS
+        tokenizer_object=backend, eos_token=END, pad_token=PAD, model_max_length=MAX_POSITIONS
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     network = load_network(checkpoint)
@@ -99,7 +101,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=8,
+        max_new_tokens=16,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -110,8 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a checkpoint as a transformers model folder.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, default=SHIPPED, help="the one the run was trained with")
     args = parser.parse_args()
-    export(args.checkpoint, args.folder)
+    export(args.checkpoint, args.folder, args.tokenizer)
 
 
 if __name__ == "__main__":

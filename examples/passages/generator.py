@@ -1,16 +1,16 @@
-"""Synthetic document sets: short passages about invented people and towns, with questions about them.
+"""Synthetic document sets: short passages about invented people, towns and rivers, with questions about them.
 
-A document set is 3 to 6 passages of 2 to 4 sentences. Three kinds of question are asked:
+A document set is 3 to 6 passages. Three kinds of question are asked:
 
-* ``single``: the fact is stated in one sentence ("Where does Badel live?");
-* ``two``: the answer needs two facts from two different passages ("Where does the mentor of Badel live?");
-* ``coref``: a passage ends "The next notes are spoken by Badel." and the next passage states facts about
-  "the speaker"; the question names Badel. Two or three speakers of one set state the same relations, so
+* ``single``: the fact is stated in one sentence ("Where does Bravi live?");
+* ``two``: the answer needs two facts from two different passages ("Where does the mentor of Bravi live?");
+  it gives both, the intermediate name first ("Thodrujol, Vabek");
+* ``coref``: a passage ends "The next notes are spoken by Bravi." and the next passage states facts about
+  "the speaker"; the question names Bravi. Two or three speakers of one set state the same relations, so
   a reader that has not connected a note with its speaker can only guess.
 
-Every name is a first piece and a second piece written as one word. Within a document set no two names share
-their first piece. One fifth of all names, chosen by checksum, is held out: a held-out document set uses only
-held-out names and a training document set uses none of them.
+Names are random syllables. One fifth of all names, chosen by checksum, is held out: a held-out document set
+uses only held-out names and a training document set uses none of them.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
 
 KINDS = ("single", "two", "coref")
 
-_ONSETS = (*"BDFGHJKLMNPRSTVZ", "Br", "Dr", "Gr", "Kr", "Sh", "St", "Th", "Tr")
-FIRST_PIECES = tuple(a + b for a, b in product(_ONSETS, "aeiou") if a + b != "The")
-PERSON_ENDINGS = tuple(
-    a + b for a, b in product("bdfgklmnrstvz", ("a", "an", "ek", "el", "i", "is", "o", "ur"))
-)
-_TOWN_ENDINGS = "bridge burg by dale field ford gate haven holm mere port stead ton wick wood worth"
-TOWN_ENDINGS = tuple(_TOWN_ENDINGS.split())
+_ONSETS = "b d f g h j k l m n p r s t v z br dr kr st th sh gl"
+ONSETS = tuple(_ONSETS.split())
+VOWELS = "aeiou"
+PERSON_ENDINGS = ("", "", "", "n", "l", "k", "r", "s", "m")
+TOWN_ENDINGS = ("bek", "ton", "mere", "dal", "burg", "wick", "ford", "holm")
+RIVER_ENDINGS = ("ov", "ash", "enna", "ith")
 
-WORDS = {
-    "thing": "lamp cup clock kite drum boat ladder mirror basket "
-    "violin carpet bell hammer compass kettle lantern",
-    "job": "baker teacher pilot farmer doctor painter tailor miner "
-    "sailor lawyer gardener plumber judge dancer",
-    "food": "soup bread cheese plums rice noodles honey fish "
-    "apples beans cake mushrooms carrots walnuts pears",
-    "music": "flute harp piano guitar trumpet cello banjo fiddle accordion oboe tuba lute",
-    "goods": "wool salt glass silk paper pottery copper wine candles boots roses marble rope",
-    "sight": "tower castle mill harbour theatre garden museum fountain lighthouse palace chapel",
+_LOOKS = "red blue green black white old tiny heavy golden silver wooden broken purple round striped yellow"
+_THINGS = (
+    "lamp cup clock kite drum boat ladder mirror basket violin carpet bell hammer compass kettle umbrella "
+    "lantern chair telescope statue wagon ring"
+)
+_WORDS = {
+    "job": "baker teacher pilot farmer doctor painter tailor miner sailor lawyer gardener plumber judge "
+    "dancer chemist printer butcher librarian",
+    "food": "soup bread cheese plums rice noodles honey fish apples beans cake mushrooms carrots walnuts "
+    "pears olives",
+    "music": "flute harp piano guitar trumpet cello banjo organ fiddle accordion",
+    "goods": "wool salt glass silk paper pottery copper wine clocks candles boots roses marble rope",
 }
-WORD_LISTS = {kind: tuple(words.split()) for kind, words in WORDS.items()}
+VALUES = {kind: tuple(words.split()) for kind, words in _WORDS.items()}
+VALUES["thing"] = tuple(f"{look} {thing}" for look in _LOOKS.split() for thing in _THINGS.split())
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Relation:
 PERSON_RELATIONS = {
     "home": Relation(
         "town",
-        ("{s} lives in {v}.", "{s} has a home in {v}."),
+        ("{s} lives in {v}.", "{s} has a house in {v}."),
         "Where does {s} live?",
         "the town where {s} lives",
     ),
@@ -71,27 +72,35 @@ PERSON_RELATIONS = {
     ),
     "thing": Relation("thing", ("{s} owns a {v}.", "{s} keeps a {v}."), "What does {s} own?"),
     "job": Relation("job", ("{s} works as a {v}.", "{s} is a {v}."), "What is the job of {s}?"),
-    "food": Relation("food", ("{s} likes {v}.", "{s} likes to eat {v}."), "What does {s} like to eat?"),
+    "food": Relation("food", ("{s} likes to eat {v}.",), "What does {s} like to eat?"),
     "music": Relation("music", ("{s} plays the {v}.",), "What does {s} play?"),
     "mentor": Relation(
-        "person", ("The mentor of {s} is {v}.",), "Who is the mentor of {s}?", "the mentor of {s}"
+        "person",
+        ("{s}'s mentor is {v}.", "The mentor of {s} is {v}."),
+        "Who is the mentor of {s}?",
+        "the mentor of {s}",
     ),
     "friend": Relation(
-        "person", ("The friend of {s} is {v}.",), "Who is the friend of {s}?", "the friend of {s}"
+        "person",
+        ("{s}'s best friend is {v}.",),
+        "Who is the best friend of {s}?",
+        "the best friend of {s}",
     ),
-    "sister": Relation(
-        "person", ("The sister of {s} is {v}.",), "Who is the sister of {s}?", "the sister of {s}"
-    ),
+    "sister": Relation("person", ("{s}'s sister is {v}.",), "Who is the sister of {s}?", "the sister of {s}"),
 }
 TOWN_RELATIONS = {
-    "mayor": Relation(
-        "person", ("The mayor of {s} is {v}.",), "Who is the mayor of {s}?", "the mayor of {s}"
+    "mayor": Relation("person", ("The mayor of {s} is {v}.",), "Who is the mayor of {s}?"),
+    "goods": Relation(
+        "goods", ("{s} is known for its {v}.", "{s} is famous for its {v}."), "What is {s} known for?"
     ),
-    "goods": Relation("goods", ("{s} is famous for its {v}.",), "What is {s} famous for?"),
-    "sight": Relation("sight", ("Visitors to {s} see the {v}.",), "What do visitors to {s} see?"),
+    "river": Relation("river", ("{s} lies on the river {v}.",), "On which river does {s} lie?"),
 }
 RELATIONS = PERSON_RELATIONS | TOWN_RELATIONS
-INTRODUCTIONS = ("The next notes are spoken by {s}.", "The following notes are spoken by {s}.")
+INTRODUCTIONS = (
+    "The speaker in the following notes is {s}.",
+    "The next notes are spoken by {s}.",
+    "From here on the speaker is {s}.",
+)
 SPEAKER = "the speaker"
 
 
@@ -104,27 +113,24 @@ class TaskShape:
     speaker_probability: float
 
 
-FULL_TASK = TaskShape(passages=(3, 6), sentences=(2, 4), speaker_probability=0.6)
+FULL_TASK = TaskShape(passages=(3, 6), sentences=(2, 4), speaker_probability=0.65)
 
 
 @dataclass(frozen=True)
 class Question:
-    """``bridge`` is the intermediate name of a ``two`` question, ``link`` its words for it."""
-
     kind: str
     text: str
     answer: str
-    link: str | None = None
-    bridge: str | None = None
 
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """``speakers[i]`` names the speaker of ``passages[i]``; None where that passage is no speaker's notes."""
-
-    passages: tuple[str, ...]
-    speakers: tuple[str | None, ...]
+    sentences: tuple[tuple[str, ...], ...]  # of each passage
     questions: tuple[Question, ...]
+
+    @property
+    def passages(self) -> tuple[str, ...]:
+        return tuple("Passage: " + " ".join(sentences) for sentences in self.sentences)
 
     @property
     def documents(self) -> str:
@@ -137,27 +143,43 @@ def is_held_out(name: str) -> bool:
     return zlib.crc32(name.encode()) % 5 == 0
 
 
+def make_name(rng: random.Random, kind: str) -> str:
+    """A name for a person, a town or a river."""
+
+    def syllable() -> str:
+        return rng.choice(ONSETS) + rng.choice(VOWELS)
+
+    if kind == "person":
+        name = "".join(syllable() for _ in range(2 if rng.random() < 0.8 else 3)) + rng.choice(PERSON_ENDINGS)
+    elif kind == "town":
+        middle = syllable() if rng.random() < 0.4 else rng.choice(PERSON_ENDINGS)
+        name = syllable() + middle + rng.choice(TOWN_ENDINGS)
+    else:
+        name = syllable() + rng.choice(ONSETS[:16]) + rng.choice(RIVER_ENDINGS)
+    return name.capitalize()
+
+
 @dataclass
 class _World:
     """The facts of one document set while it is being made."""
 
     rng: random.Random
     held_out: bool
-    first_pieces: list[str]
+    used: set[str] = field(default_factory=set)
     facts: dict[tuple[str, str], str] = field(default_factory=dict)
     passage_of: dict[str, int] = field(default_factory=dict)
     kind_of: dict[str, str] = field(default_factory=dict)
 
     def new_name(self, kind: str) -> str:
-        """A name on the right side of the hold-out whose first piece is still unused in this world."""
-        first = self.first_pieces.pop()
-        endings = TOWN_ENDINGS if kind == "town" else PERSON_ENDINGS
-        names = [first + ending for ending in endings]
-        candidates = [name for name in names if is_held_out(name) == self.held_out]
-        return self.rng.choice(candidates) if candidates else self.new_name(kind)
+        """A name on the right side of the hold-out that this world does not use yet."""
+        while True:
+            name = make_name(self.rng, kind)
+            if is_held_out(name) == self.held_out and name not in self.used:
+                self.used.add(name)
+                return name
 
     def new_value(self, kind: str) -> str:
-        return self.rng.choice(WORD_LISTS[kind]) if kind in WORD_LISTS else self.new_name(kind)
+        return self.rng.choice(VALUES[kind]) if kind in VALUES else self.new_name(kind)
 
     def subjects(self, kind: str) -> list[str]:
         return [name for name, its_kind in self.kind_of.items() if its_kind == kind]
@@ -174,9 +196,7 @@ def make_document_set(
 
     The result is a function of the state of ``rng`` and the arguments alone.
     """
-    first_pieces = list(FIRST_PIECES)
-    rng.shuffle(first_pieces)
-    world = _World(rng, held_out, first_pieces)
+    world = _World(rng, held_out)
     num_passages = rng.randint(*shape.passages)
     num_speakers = _draw_num_speakers(rng, num_passages, shape.speaker_probability)
     num_plain = num_passages - num_speakers
@@ -184,7 +204,7 @@ def make_document_set(
     single_facts = list(world.facts)
     notes = _speaker_notes(world, num_speakers, shape)
     coref_facts = [key for key in world.facts if key[0] in notes]
-    passages, speakers = _arrange(rng, plain, notes)
+    sentences = tuple(tuple(passage) for passage in _arrange(rng, plain, notes))
     pools = (
         [_single_question(world, key, "single") for key in single_facts],
         _two_questions(world, single_facts),
@@ -194,7 +214,7 @@ def make_document_set(
         q for pool, limit in zip(pools, max_per_kind) for q in rng.sample(pool, min(limit, len(pool)))
     ]
     rng.shuffle(questions)
-    return DocumentSet(tuple(passages), tuple(speakers), tuple(questions))
+    return DocumentSet(sentences, tuple(questions))
 
 
 def _draw_num_speakers(rng: random.Random, num_passages: int, probability: float) -> int:
@@ -222,7 +242,7 @@ def _plain_passages(world: _World, num_plain: int, shape: TaskShape) -> list[lis
         shares = (
             [num_sentences] if len(names) == 1 else [num_sentences // 2, num_sentences - num_sentences // 2]
         )
-        sentences = [text for name, share in zip(names, shares) for text in _state_facts(world, name, share)]
+        sentences = [fact for name, share in zip(names, shares) for fact in _state_facts(world, name, share)]
         rng.shuffle(sentences)
         passages.append(sentences)
     rng.shuffle(passages)
@@ -256,7 +276,7 @@ def _speaker_notes(world: _World, num_speakers: int, shape: TaskShape) -> dict[s
     speakers = [world.new_name("person") for _ in range(num_speakers)]
     for key in keys:
         kind = PERSON_RELATIONS[key].value_kind
-        values = rng.sample(WORD_LISTS[kind], num_speakers) if kind in WORD_LISTS else None
+        values = rng.sample(VALUES[kind], num_speakers) if kind in VALUES else None
         for index, name in enumerate(speakers):
             world.facts[name, key] = values[index] if values else world.new_name(kind)
     notes = {}
@@ -266,29 +286,18 @@ def _speaker_notes(world: _World, num_speakers: int, shape: TaskShape) -> dict[s
     return notes
 
 
-def _arrange(
-    rng: random.Random, plain: list[list[str]], notes: dict[str, list[str]]
-) -> tuple[list[str], list[str | None]]:
+def _arrange(rng: random.Random, plain: list[list[str]], notes: dict[str, list[str]]) -> list[list[str]]:
     """Put each speaker's notes right after a plain passage that ends with the speaker's introduction."""
-    before = dict(zip(rng.sample(range(len(plain)), len(notes)), notes))
-    passages: list[str] = []
-    speakers: list[str | None] = []
+    speaker_after = dict(zip(rng.sample(range(len(plain)), len(notes)), notes))
+    passages = []
     for index, sentences in enumerate(plain):
-        speaker = before.get(index)
+        speaker = speaker_after.get(index)
         if speaker is None:
-            passages.append(_passage(sentences))
-            speakers.append(None)
+            passages.append(sentences)
         else:
-            passages += [
-                _passage([*sentences, rng.choice(INTRODUCTIONS).format(s=speaker)]),
-                _passage(notes[speaker]),
-            ]
-            speakers += [None, speaker]
-    return passages, speakers
-
-
-def _passage(sentences: list[str]) -> str:
-    return "Passage: " + " ".join(sentences)
+            introduction = rng.choice(INTRODUCTIONS).format(s=speaker)
+            passages += [[*sentences, introduction], notes[speaker]]
+    return passages
 
 
 def _sentence(rng: random.Random, key: str, subject: str, value: str) -> str:
@@ -313,5 +322,5 @@ def _two_questions(world: _World, facts: list[tuple[str, str]]) -> list[Question
             answer = world.facts[subject, second]
             if subject == bridge and answer != name:
                 text = RELATIONS[second].question.format(s=link)
-                questions.append(Question("two", text, answer, link, bridge))
+                questions.append(Question("two", text, f"{bridge}, {answer}"))
     return questions

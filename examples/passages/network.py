@@ -18,15 +18,12 @@ NORM_EPSILON = 1e-6
 @dataclass(frozen=True)
 class NetworkConfig:
     vocabulary: int
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
+    layers: int = 4
+    width: int = 160
+    heads: int = 5
+    head_width: int = 32
     hidden: int = 384  # of the feed-forward part
-    rope_theta: float = 10000.0
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
+    rope_theta: float = 1e4
 
 
 def normalize(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,19 +39,20 @@ class Layer(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         width, hidden = config.width, config.hidden
+        attended = config.heads * config.head_width
         self.heads, self.head_width = config.heads, config.head_width
         self.attention_norm = nn.Parameter(torch.ones(width))
         self.query_norm = nn.Parameter(torch.ones(config.head_width))
         self.key_norm = nn.Parameter(torch.ones(config.head_width))
-        self.query_key_value = nn.Parameter(torch.randn(3 * width, width) * 0.6 * width**-0.5)
-        self.attention_out = nn.Parameter(torch.randn(width, width) * 0.3 * width**-0.5)
+        self.query_key_value = nn.Parameter(torch.randn(3 * attended, width) * 0.6 * width**-0.5)
+        self.attention_out = nn.Parameter(torch.randn(width, attended) * 0.3 * attended**-0.5)
         self.hidden_norm = nn.Parameter(torch.ones(width))
         self.gate_up = nn.Parameter(torch.randn(2 * hidden, width) * 0.6 * width**-0.5)
         self.down = nn.Parameter(torch.randn(width, hidden) * 0.3 * hidden**-0.5)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """``x`` is [batch, length, width]; ``mask`` is added to the scores, [batch, 1, length, length]."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         fused = F.linear(normalize(x, self.attention_norm), self.query_key_value)
         query, key, value = fused.view(batch, length, 3, self.heads, self.head_width).unbind(2)
         query = _rotate(normalize(query, self.query_norm), cos, sin).to(value.dtype)
@@ -62,7 +60,7 @@ class Layer(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask.to(value.dtype)
         )
-        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, length, width), self.attention_out)
+        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), self.attention_out)
         gate, up = F.linear(normalize(x, self.hidden_norm), self.gate_up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, self.down)
 
@@ -81,8 +79,8 @@ class Network(nn.Module):
         exponents = torch.arange(0, config.head_width, 2).float() / config.head_width
         self.register_buffer("inverse_frequencies", config.rope_theta**-exponents, persistent=False)
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor) -> list[Tensor]:
-        """Hidden states after each layer, all through the final norm; the last one is the model's output.
+    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """The final hidden states, [batch, length, width].
 
         ``ids`` and ``positions`` are [batch, length]; ``visible`` is boolean [batch, 1, length, length].
         """
@@ -90,8 +88,6 @@ class Network(nn.Module):
         angles = positions[..., None].float() * self.inverse_frequencies
         cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
         x = F.embedding(ids, self.embedding)
-        states = []
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-            states.append(normalize(x, self.final_norm))
-        return states
+        return normalize(x, self.final_norm)

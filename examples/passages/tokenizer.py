@@ -1,34 +1,30 @@
 """The tokenizer of the example model and the text format of its prompts.
 
-A byte-level BPE tokenizer whose vocabulary is written down instead of learned: every word of the generator,
-with its leading space, is one token, and every invented name is exactly two tokens, its first piece and its
-second piece. Any other text is encoded through the byte alphabet.
+A byte-level BPE tokenizer trained on the generator's text; words are split off with their leading space. The
+shipped one is ``model/tokenizer.json``, which training reads. To make another:
+
+    python tokenizer.py other_tokenizer.json
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
 
-from generator import (
-    FIRST_PIECES,
-    INTRODUCTIONS,
-    PERSON_ENDINGS,
-    RELATIONS,
-    SPEAKER,
-    TOWN_ENDINGS,
-    WORD_LISTS,
-)
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from generator import TaskShape, make_document_set
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
-SPACE = "Ġ"  # how the byte alphabet writes a space
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %} {% endif %}{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-USER_CONTENT = "{{ documents }}\nQuestion: {{ question }}"
+SHIPPED = Path(__file__).parent / "model" / "tokenizer.json"
+VOCABULARY = 1024
+NUM_TRAINING_SETS = 6000
 
 
 def prefix_text(documents: str) -> str:
@@ -46,46 +42,50 @@ def answer_text(answer: str) -> str:
     return f" {answer}{END}"
 
 
-def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer; the result depends on the generator's word lists alone."""
-    vocabulary: dict[str, int] = {}
-    merges: dict[tuple[str, str], None] = {}  # an ordered set; earlier merges are applied first
+def load_tokenizer(path: Path = SHIPPED) -> Tokenizer:
+    return Tokenizer.from_file(str(path))
 
-    def add(token: str) -> None:
-        vocabulary.setdefault(token, len(vocabulary))
 
-    def add_piece(piece: str) -> None:
-        for end in range(2, len(piece) + 1):
-            merges.setdefault((piece[: end - 1], piece[end - 1]))
-            add(piece[:end])
-
-    for token in (PAD, START, END, *sorted(pre_tokenizers.ByteLevel.alphabet()), *_words()):
-        add(token)
-    # A first piece starts with a space and town endings may contain other pieces, hence this order.
-    for piece in (*(SPACE + first for first in FIRST_PIECES), *TOWN_ENDINGS, *PERSON_ENDINGS):
-        add_piece(piece)
-    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges), ignore_merges=True))
-    pattern = Regex(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s")
+def train_tokenizer(seed: int = 0) -> Tokenizer:
+    """Train a tokenizer on passages, questions and answers with training names."""
+    tokenizer = Tokenizer(models.BPE())
+    pattern = Regex(r"'s| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    # A reply decodes without the space it starts with.
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (PAD, START, END)]
+    tokenizer.decoder = reply_decoder()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(_training_texts(seed), trainer)
     return tokenizer
 
 
-def _words() -> Iterable[str]:
-    """Every whole-word token: words of passages and questions, then the words that start a line."""
-    texts = [SPEAKER, SPEAKER.capitalize(), *INTRODUCTIONS]
-    for relation in RELATIONS.values():
-        texts += [*relation.templates, relation.question, relation.link or ""]
-    for words in WORD_LISTS.values():
-        texts += words
-    found = {word for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", text))}
-    return [*(SPACE + word for word in sorted(found)), "Passage", "Question", "user", "assistant", "system"]
+def reply_decoder() -> decoders.Decoder:
+    """Bytes to text, without the space that a reply starts with."""
+    return decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+
+
+def _training_texts(seed: int) -> Iterator[str]:
+    rng = random.Random(seed)
+    shape = TaskShape(passages=(2, 8), sentences=(3, 5), speaker_probability=0.5)
+    for _ in range(NUM_TRAINING_SETS):
+        made = make_document_set(rng, shape, held_out=False)
+        pairs = [f"Question: {each.text}\nuser\nassistant\n {each.answer}\n" for each in made.questions]
+        yield made.documents + "\n" + "".join(pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a tokenizer on the generator's text.")
+    parser.add_argument("path", type=Path)
+    train_tokenizer().save(str(parser.parse_args().path))
+
+
+if __name__ == "__main__":
+    main()

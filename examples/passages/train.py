@@ -3,11 +3,9 @@
     python train.py --out RUN_FOLDER --steps 9000
 
 First ``--restate-steps`` batches of restatements (the passages, then the same sentences in another order),
-which teach the model to look up who a sentence is about. Then questions, in three levels of growing document
-sets; a level is left when the running mean of answer token accuracy passes ``--level-up``. Besides the loss
-on the answers there are two hint losses that read a middle layer through the output embedding: at the end of
-a phrase such as "the mentor of Badel" it should already name the mentor, and at the word "speaker" in a note
-it should name the speaker.
+which teach the model to look up who a sentence is about. Then questions, on document sets that grow in five
+levels; a level is left when the running mean of answer token accuracy passes ``--level-up``. Until the fourth
+level a few batches are still restatements and the passages themselves are predicted too, with a small weight.
 
 The learning rate follows the step count, never the clock. The run saves a checkpoint every ``--save-every``
 steps and continues from it when the same command is given again (``--steps`` may be changed).
@@ -24,20 +22,25 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from batches import Batch, RowMaker, collate, question_batch, restatement_batch
+from batches import PREFIX, Batch, RowMaker, collate, question_batch, restatement_batch
 from generator import FULL_TASK, KINDS, TaskShape, make_document_set
 from network import Network, NetworkConfig
 from optimizer import Optimizer
-from tokenizer import PAD, build_tokenizer
+from tokenizer import SHIPPED, load_tokenizer
 from torch import Tensor
 
 LEVELS = (
     TaskShape(passages=(1, 2), sentences=(2, 3), speaker_probability=0.0),
-    TaskShape(passages=(2, 4), sentences=(2, 3), speaker_probability=0.7),
+    TaskShape(passages=(2, 4), sentences=(2, 4), speaker_probability=0.5),
+    TaskShape(passages=(2, 5), sentences=(2, 4), speaker_probability=0.5),
+    TaskShape(passages=(3, 5), sentences=(2, 4), speaker_probability=0.6),
     FULL_TASK,
 )
-QUESTIONS_PER_KIND = (4, 6, 5)  # at most, of a document set, in the order of generator.KINDS
-MIN_STEPS_PER_LEVEL = 100
+PASSAGES_LEARNT_FROM_LEVEL = 3  # below it, restatements go on and the passages are predicted too
+RESTATEMENT_SHARE = 0.08
+PASSAGE_LOSS_WEIGHT = 0.2
+QUESTIONS_PER_KIND = (4, 4, 4)  # at most, of a document set, in the order of generator.KINDS
+MIN_STEPS_PER_LEVEL = 60
 HELD_OUT_SEED = 777
 
 
@@ -57,22 +60,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the example model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
     parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--tokenizer", type=Path, default=SHIPPED)
     parser.add_argument("--init", type=Path, help="checkpoint whose weights a new run starts from")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=160)
+    parser.add_argument("--heads", type=int, default=5)
+    parser.add_argument("--head-width", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument(
-        "--anneal", type=float, default=0.5, help="part of the steps over which the rate falls to 0"
+        "--anneal", type=float, default=0.6, help="part of the steps over which the rate falls to 0"
     )
-    parser.add_argument("--batch-tokens", type=int, default=3072)
-    parser.add_argument("--restate-steps", type=int, default=250)
+    parser.add_argument("--batch-tokens", type=int, default=2560)
+    parser.add_argument("--restate-steps", type=int, default=300)
     parser.add_argument("--start-level", type=int, default=0)
     parser.add_argument("--level-up", type=float, default=0.85)
-    parser.add_argument("--hint-weight", type=float, default=0.3)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -86,16 +90,15 @@ def rate_factor(step: int, steps: int, warmup: int, anneal: float) -> float:
 
 
 def answer_logits(model: Network, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits and wanted tokens at the positions before a target."""
-    before_target = batch.is_target[:, 1:] > 0
-    return hidden[:, :-1][before_target] @ model.embedding.T, batch.ids[:, 1:][before_target]
+    """Logits at the positions before a target, and the wanted tokens."""
+    chosen = batch.is_target[:, 1:] > 0
+    return hidden[:, :-1][chosen] @ model.embedding.T, batch.ids[:, 1:][chosen]
 
 
-def hint_loss(model: Network, hidden: Tensor, hints: tuple[Tensor, Tensor]) -> Tensor:
-    positions, tokens = hints
-    if len(positions) == 0:
-        return hidden.new_zeros((), dtype=torch.float32)
-    return F.cross_entropy((hidden.flatten(0, 1)[positions] @ model.embedding.T).float(), tokens)
+def passage_logits(model: Network, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits and wanted tokens within the passages."""
+    chosen = batch.segments[:, 1:] == PREFIX
+    return hidden[:, :-1][chosen] @ model.embedding.T, batch.ids[:, 1:][chosen]
 
 
 @torch.no_grad()
@@ -106,15 +109,14 @@ def exact_match(
     rng = random.Random(HELD_OUT_SEED)
     right = dict.fromkeys(KINDS, 0)
     total = dict.fromkeys(KINDS, 0)
-    pad_id = maker.encode(PAD)[0]
     for start in range(0, num_sets, 16):
         sets = [make_document_set(rng, shape, held_out=True) for _ in range(min(16, num_sets - start))]
-        batch = collate([maker.question_row(documents) for documents in sets], pad_id)
-        logits, wanted = answer_logits(model, model(batch.ids, batch.positions, batch.visible)[-1], batch)
+        batch = collate([maker.question_row(made) for made in sets], maker.pad_id)
+        logits, wanted = answer_logits(model, model(batch.ids, batch.positions, batch.visible), batch)
         wrong = torch.zeros_like(batch.is_target, dtype=torch.bool)
         wrong[:, 1:][batch.is_target[:, 1:] > 0] = logits.argmax(-1) != wanted
-        for index, row in enumerate(batch.rows):
-            for number, kind in enumerate(row.kinds, start=1):
+        for index, kinds in enumerate(batch.kinds):
+            for number, kind in enumerate(kinds, start=1):
                 total[kind] += 1
                 right[kind] += not bool((wrong[index] & (batch.segments[index] == number)).any())
     scores = {kind: 100 * right[kind] / max(1, total[kind]) for kind in KINDS}
@@ -127,10 +129,10 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.args = args
-        tokenizer = build_tokenizer()
+        tokenizer = load_tokenizer(args.tokenizer)
         self.maker = RowMaker(tokenizer)
         self.config = NetworkConfig(
-            tokenizer.get_vocab_size(), args.layers, args.width, args.heads, args.hidden
+            tokenizer.get_vocab_size(), args.layers, args.width, args.heads, args.head_width, args.hidden
         )
         self.model = Network(self.config)
         self.optimizer = Optimizer(self.model, args.muon_rate, args.adam_rate)
@@ -164,30 +166,31 @@ class Trainer:
         progress, args = self.progress, self.args
         batch = self._next_batch()
         with torch.autocast("cpu", torch.bfloat16):
-            states = self.forward(batch.ids, batch.positions, batch.visible)
-            logits, wanted = answer_logits(self.model, states[-1], batch)
+            hidden = self.forward(batch.ids, batch.positions, batch.visible)
+            logits, wanted = answer_logits(self.model, hidden, batch)
             loss = F.cross_entropy(logits.float(), wanted)
-            middle, late = states[len(states) // 2 - 1], states[-3]
-            hints = hint_loss(self.model, late, batch.bridge_hints) + hint_loss(
-                self.model, middle, batch.speaker_hints
-            )
-        (loss + args.hint_weight * hints).backward()
+            if progress.step >= args.restate_steps and progress.level < PASSAGES_LEARNT_FROM_LEVEL:
+                passage, passage_wanted = passage_logits(self.model, hidden, batch)
+                loss = loss + PASSAGE_LOSS_WEIGHT * F.cross_entropy(passage.float(), passage_wanted)
+        loss.backward()
         self.optimizer.step(rate_factor(progress.step, args.steps, args.warmup, args.anneal))
         self.model.zero_grad(set_to_none=True)
         progress.step += 1
         progress.tokens += batch.ids.numel()
-        if progress.step > args.restate_steps:
-            progress.accuracy += 0.03 * (
-                (logits.argmax(-1) == wanted).float().mean().item() - progress.accuracy
-            )
+        if batch.kinds[0]:
+            accuracy = (logits.argmax(-1) == wanted).float().mean().item()
+            progress.accuracy += 0.03 * (accuracy - progress.accuracy)
             self._maybe_level_up()
 
     def _next_batch(self) -> Batch:
-        """Restatements first; then the current level, with a fifth of the batches from the one below."""
+        """Restatements first; then mostly the current level, a fifth from one of the two below it."""
         progress, args, rng = self.progress, self.args, self.rng
-        if progress.step < args.restate_steps:
-            return restatement_batch(self.maker, rng, LEVELS[1], args.batch_tokens)
-        level = progress.level if rng.random() < 0.8 else max(0, progress.level - 1)
+        still_restating = progress.level < PASSAGES_LEARNT_FROM_LEVEL and rng.random() < RESTATEMENT_SHARE
+        if progress.step < args.restate_steps or still_restating:
+            return restatement_batch(self.maker, rng, (2, 4), args.batch_tokens)
+        level = progress.level
+        if level > 0 and rng.random() < 0.2:
+            level = rng.randrange(max(0, level - 2), level)
         return question_batch(self.maker, rng, LEVELS[level], args.batch_tokens, QUESTIONS_PER_KIND)
 
     def _maybe_level_up(self) -> None:
