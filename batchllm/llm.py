@@ -183,6 +183,8 @@ class LLM:
         hopeless, reason = too_long(prompts, requests, pending, kv_tokens)
         yield from (error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless))
         plan = build_plan(prompts, requests, pending & ~hopeless, self._plan_options)
+        if not plan.num_sequences:
+            return
         rules = StopRules(
             end_of_sequence_ids(self._model.model.generation_config, self._tokenizer), self._tokenizer
         )
