@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
+    from batchllm.durable import WriteFailed
     from batchllm.errors import UserError
 
     try:
@@ -88,6 +89,9 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except WriteFailed as error:  # in the middle of a run: what was finished before stays
+        click.echo(f"error: {error}", err=True)
+        return EXIT_FAULT
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         return EXIT_USER

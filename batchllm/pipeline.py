@@ -15,24 +15,26 @@ from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.reader import open_input
-from batchllm.dataset.results import ResultStore, check_output
+from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import check_model_folder, fingerprint
+from batchllm.forecast import Forecast, forecast_run
+from batchllm.history import seeded_estimator
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
+from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
 from batchllm.report.summary import summary_text
-from batchllm.work_folder import work_folder
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from batchllm.executor.engine import Engine, EngineStats
+    from batchllm.executor.engine import Engine, EngineOptions, EngineStats
     from batchllm.executor.gate import LengthLimit
     from batchllm.executor.model import ModelRunner
 
@@ -74,7 +76,9 @@ class _Run:
     requests: RequestTable
     store: ResultStore
     model: _Loaded | None  # None: not loaded yet
+    lengths: LengthEstimator
     plan: PlanStats = _NOTHING
+    forecast: Forecast | None = None
     engine: EngineStats | None = None
     kv_token_bytes: int = 0
     kv_budget_bytes: int = 0
@@ -91,14 +95,13 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     data = open_input(job.input, job.source)
     validate_columns(job, data.schema)
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
-    check_output(job.output.path, identity, overwrite)
-
-    with work_folder(job.output.path) as work_dir:
+    with claim_output(job.output.path, identity, overwrite) as claim:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
-            rows = load_rows(job, data, tokenizer, work_dir, stage)
+            rows = load_rows(job, data, tokenizer, claim.work_dir, stage)
         prompts = refuse_long_prompts(rows.prompts, _text_size(config, "max_position_embeddings"))
         prompts = refuse_unknown_tokens(prompts, _text_size(config, "vocab_size"))
         check_lengths(limit, longest_sequence(prompts), config.model_type)
+        lengths = seeded_estimator(job.plan.history, prompts.params, job.source)
         configuration = _configuration(job)
         ids = rows.kept.column(job.input.id) if job.input.id else None
         requests = make_requests(prompts, ids, configuration)
@@ -118,8 +121,9 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
             overwrite=overwrite,
+            claim=claim,
         ) as store:
-            run = _Run(job, tokenizer, progress, watch, prompts, requests, store, model)
+            run = _Run(job, tokenizer, progress, watch, prompts, requests, store, model, lengths)
             interrupted = _answer_and_finish(run)
             return _summary(run, interrupted)
 
@@ -161,7 +165,7 @@ def _answer_all(run: _Run) -> None:
     hopeless, reason = too_long(prompts, requests, ~store.done, kv_tokens)
     store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"), run.progress.stage("planning", int((~store.done).sum())) as stage:
-        plan = build_plan(prompts, requests, ~store.done, _plan_options(job))
+        plan = build_plan(prompts, requests, ~store.done, _plan_options(job, run.lengths))
         stage.advance(plan.stats.requests, plan.stats.prompt_tokens)
     run.plan = plan.stats
     if plan.num_sequences:
@@ -177,7 +181,8 @@ def _execute(run: _Run, model: ModelRunner, plan: Plan, kv_tokens: int) -> None:
 
     rules = StopRules(end_of_sequence_ids(model.model.generation_config, run.tokenizer), run.tokenizer)
     options = engine_options(plan, run.prompts, kv_tokens, run.job.engine.max_step_tokens)
-    engine = Engine(model, plan, run.prompts, run.requests, rules, options)
+    run.forecast = _forecast(run, model, plan, options)
+    engine = Engine(model, plan, run.prompts, run.requests, rules, options, run.lengths)
     run.engine = engine.stats
     run.kv_token_bytes = bytes_per_token(model.layers, model.dtype)
     run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
@@ -189,6 +194,18 @@ def _execute(run: _Run, model: ModelRunner, plan: Plan, kv_tokens: int) -> None:
             with run.watch.time("write"):
                 run.store.add(answers)
             _show(stage, done, engine, options.kv_tokens, plan.stats)
+
+
+def _forecast(run: _Run, model: ModelRunner, plan: Plan, options: EngineOptions) -> Forecast | None:
+    """None when it fails: a run is not given up because it could not be foreseen."""
+    with run.watch.time("plan"):
+        try:
+            return forecast_run(
+                model, fingerprint(run.job.model.path), plan, run.prompts, run.lengths, options
+            )
+        except Exception as error:
+            run.progress.note(f"no prediction of time and memory: {error or type(error).__name__}")
+            return None
 
 
 def _show(stage: Stage, done: int, engine: Engine, kv_tokens: int, plan: PlanStats) -> None:
@@ -213,11 +230,12 @@ def _load_model(job: JobSpec, watch: Stopwatch) -> _Loaded:
     return _Loaded(model, kv_token_budget(model, job.engine.kv_memory))
 
 
-def _plan_options(job: JobSpec) -> PlanOptions:
+def _plan_options(job: JobSpec, lengths: LengthEstimator) -> PlanOptions:
     shortest = job.engine.min_shared_tokens
     return PlanOptions(
         min_shared_tokens=shortest if isinstance(shortest, int) else _AUTO_SHARED_TOKENS,
         order=job.engine.order,
+        decode_estimate=lengths.mean_total,
     )
 
 
@@ -247,7 +265,7 @@ def _summary(run: _Run, interrupted: bool) -> RunSummary:
         kv_peak_bytes=(engine.kv_tokens_peak if engine else 0) * run.kv_token_bytes,
         rss_peak_bytes=rss_peak_bytes(),
         preemptions=engine.preemptions if engine else 0,
-        predicted={"prompt_tokens_computed": plan.planned_tokens},
+        predicted=run.forecast.figures() if run.forecast and not interrupted else {},
     )
     write_metrics(path / "_run" / "metrics.json", metrics)
     code = 130 if interrupted else 3 if store.num_errors else 0

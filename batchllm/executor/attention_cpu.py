@@ -28,8 +28,10 @@ class CpuStepAttention:
         self._slots = torch.from_numpy(batch.slots)
         self._copy_from = torch.from_numpy(batch.copy_from)
         self._copy_to = torch.from_numpy(batch.copy_to)
-        self._batch = batch
-        self._reads: dict[int | None, StepReads] = {}  # by sliding window
+        self._all = (batch.chunks, batch.shared_reads)
+        self._last = batch.last_tokens()
+        self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
+        self._reads: dict[tuple[int | None, bool], StepReads] = {}  # by sliding window and last_only
 
     def attend(
         self,
@@ -42,13 +44,12 @@ class CpuStepAttention:
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
+        last_only: bool = False,
     ) -> Tensor:
         """See StepAttention.attend."""
         dim, value_dim = self._pool.layers[layer].row_dim, value.shape[-1]
         self._store(layer, key, value)
-        if window not in self._reads:
-            self._reads[window] = plan_reads(self._batch, window, query.dtype)
-        reads = self._reads[window]
+        reads = self._planned(window, last_only, query.dtype)
         job = _LayerJob(_padded(query, dim), self._pool.keys[layer], self._pool.values[layer], scale, softcap)
         for run in reads.runs:
             job.own_run(run)
@@ -62,6 +63,13 @@ class CpuStepAttention:
             # A sink is one more key with no value: it only takes its share of the softmax.
             job.output *= torch.sigmoid(job.lse - sinks.float()).unsqueeze(-1)
         return job.output[..., :value_dim].to(query.dtype)
+
+    def _planned(self, window: int | None, last_only: bool, dtype: torch.dtype) -> StepReads:
+        if (window, last_only) not in self._reads:
+            work = self._last if last_only else self._all
+            assert work is not None, "logits are read of tokens that do not end a chunk"
+            self._reads[window, last_only] = plan_reads(*work, window, dtype)
+        return self._reads[window, last_only]
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
         dim = self._pool.layers[layer].row_dim

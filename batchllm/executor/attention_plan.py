@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchllm.executor.step import Chunk, SharedRead, StepBatch
+from batchllm.executor.step import Chunk, SharedRead
 
 _SHORT = 256  # chunks whose own stretch is at most this long are padded and gathered together
 _MAX_PADDING = 1.5  # longest own stretch of a padded group over its shortest, roughly
@@ -66,16 +66,18 @@ class StepReads:
     blocks: list[BlockRead]
 
 
-def plan_reads(batch: StepBatch, window: int | None, dtype: torch.dtype) -> StepReads:
-    """Reads of a step for layers with a sliding window of `window` tokens (None: unlimited).
+def plan_reads(
+    chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], window: int | None, dtype: torch.dtype
+) -> StepReads:
+    """Reads of a step's chunks for layers with a sliding window of `window` tokens (None: unlimited).
 
     A token at position p sees positions p - window + 1 .. p. Masks are additive, in `dtype`.
     """
-    single = [chunk for chunk in batch.chunks if chunk.count == 1]
-    short = [chunk for chunk in batch.chunks if chunk.count > 1 and _own_length(chunk) <= _SHORT]
-    long = [chunk for chunk in batch.chunks if chunk.count > 1 and _own_length(chunk) > _SHORT]
+    single = [chunk for chunk in chunks if chunk.count == 1]
+    short = [chunk for chunk in chunks if chunk.count > 1 and _own_length(chunk) <= _SHORT]
+    long = [chunk for chunk in chunks if chunk.count > 1 and _own_length(chunk) > _SHORT]
     held = [_held_read(chunk, window, dtype) for chunk in long if chunk.held_before]
-    shared = [_node_read(read, window, dtype) for read in batch.shared_reads]
+    shared = [_node_read(read, window, dtype) for read in shared_reads]
     strided = [group for group in _adjacent(single) if len(group) >= _FEW or _own_length(group[0]) > _SHORT]
     taken = {chunk.first for group in strided for chunk in group}
     scattered = _similar([chunk for chunk in single if chunk.first not in taken])

@@ -118,6 +118,10 @@ class _TimedAttention:
     entered: list[float] = field(default_factory=list)
     left: list[float] = field(default_factory=list)
 
+    @property
+    def logit_rows(self) -> Tensor | None:
+        return self.inner.logit_rows
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         self.entered.append(_clock())
         if len(self.entered) > self.layers:

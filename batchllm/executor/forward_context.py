@@ -22,6 +22,11 @@ _HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_attent
 class StepAttention(Protocol):
     """What one step does in each attention layer."""
 
+    @property
+    def logit_rows(self) -> Tensor | None:
+        """[L] tokens whose logits are read, if no other token's output of the last layer matters; else None."""
+        ...
+
     def attend(
         self,
         layer: int,
@@ -33,8 +38,12 @@ class StepAttention(Protocol):
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
+        last_only: bool = False,
     ) -> Tensor:
-        """query [Hq, T, Dk], key [Hkv, T, Dk], value [Hkv, T, Dv] (any strides) → [T, Hq, Dv] in query's dtype."""
+        """query [Hq, T, Dk], key [Hkv, T, Dk], value [Hkv, T, Dv] (any strides) → [T, Hq, Dv] in query's dtype.
+
+        With `last_only`, query holds the tokens of `logit_rows` alone: [Hq, L, Dk] → [L, Hq, Dv].
+        """
         ...
 
 
@@ -43,6 +52,12 @@ class UnsupportedAttention(Exception):
 
 
 _step: StepAttention | None = None
+
+
+def current_step() -> StepAttention:
+    """The step that the running forward pass works for."""
+    assert _step is not None, "attention outside a step"
+    return _step
 
 
 @contextmanager
@@ -79,8 +94,7 @@ def batchllm_attention(
         raise UnsupportedAttention("its attention is not causal")
     if attention_mask is not None:
         raise UnsupportedAttention("it builds an attention mask of its own")
-    assert _step is not None, "attention outside a step"
-    out = _step.attend(
+    out = current_step().attend(
         module.layer_idx,  # type: ignore[arg-type]
         query[0],
         key[0],

@@ -19,6 +19,7 @@ from batchllm.executor.forward_context import (
     attention_of,
     register,
 )
+from batchllm.executor.fused_layer import fuse_layers, restore_layers
 from batchllm.executor.gate import LengthLimit, check_config, refused
 from batchllm.executor.kv_pool import LayerKv
 from batchllm.executor.step import StepBatch
@@ -36,6 +37,7 @@ class ModelRunner:
         self.limit = limit
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.layers = self._probe_layers()
+        self.fused = False
 
     @property
     def model_type(self) -> str:
@@ -55,10 +57,27 @@ class ModelRunner:
                 input_ids=torch.from_numpy(batch.tokens).unsqueeze(0),
                 position_ids=torch.from_numpy(batch.positions).unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=torch.from_numpy(batch.logit_rows),
+                logits_to_keep=self._logits_to_keep(batch, attention),
             )
         logits: Tensor = output.logits[0]
         return logits.float()
+
+    def fuse(self) -> bool:
+        """Swaps in faster decoder layers where they match. Returns whether it did."""
+        self.fused = self.fused or fuse_layers(self.model)
+        return self.fused
+
+    def unfuse(self) -> None:
+        """Back to transformers' own layers."""
+        if self.fused:
+            restore_layers(self.model)
+            self.fused = False
+
+    def _logits_to_keep(self, batch: StepBatch, attention: StepAttention) -> Tensor | int:
+        """Fused layers return the tokens with logits alone, where they can: then all of them are kept (0)."""
+        if self.fused and attention.logit_rows is not None:
+            return 0
+        return torch.from_numpy(batch.logit_rows)
 
     def _probe_layers(self) -> tuple[LayerKv, ...]:
         """Runs two tokens to see which layers call attention, once each and with which KV shape."""
@@ -76,6 +95,8 @@ class ModelRunner:
 
 
 class _ShapeProbe:
+    logit_rows: Tensor | None = None
+
     def __init__(self) -> None:
         self.seen: list[tuple[int, LayerKv]] = []
 

@@ -56,6 +56,24 @@ class StepBatch:
     prompt_tokens: int  # of the T tokens, how many are prompt tokens
     decode_tokens: int  # and how many decoded ones that are fed for the first time
 
+    def last_tokens(self) -> tuple[list[Chunk], list[SharedRead]] | None:
+        """Chunks and shared reads for the tokens in `logit_rows` alone, numbered 0..L-1, if each ends a chunk."""
+        row_of = {int(row): number for number, row in enumerate(self.logit_rows)}
+        kept: dict[int, Chunk] = {}
+        for chunk in self.chunks:
+            number = row_of.get(chunk.first + chunk.count - 1)
+            if number is not None:
+                position = chunk.position + chunk.count - 1
+                kept[chunk.first] = Chunk(number, 1, position, chunk.node_start, chunk.extent)
+        if len(kept) != len(row_of):
+            return None
+        reads = [
+            SharedRead(read.extent, read.start, read.length, readers)
+            for read in self.shared_reads
+            if (readers := [kept[chunk.first] for chunk in read.chunks if chunk.first in kept])
+        ]
+        return list(kept.values()), reads
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -114,7 +114,10 @@ def reads_of(reads: StepReads, tokens: int) -> list[Counter[int]]:
 def test_every_visible_position_is_read_exactly_once(window: int | None, path: str) -> None:
     for seed in range(12):
         world: World = make_world(np.random.default_rng(seed), LayerKv(1, 4, 4), torch.float32)
-        seen = reads_of(plan_reads(world.batch, window, torch.float32), len(world.batch.tokens))
+        seen = reads_of(
+            plan_reads(world.batch.chunks, world.batch.shared_reads, window, torch.float32),
+            len(world.batch.tokens),
+        )
         for token, slots in enumerate(seen):
             assert slots == Counter(world.visible(token, window)), (seed, token)
 
@@ -122,7 +125,7 @@ def test_every_visible_position_is_read_exactly_once(window: int | None, path: s
 def test_every_row_has_exactly_one_own_read(path: str) -> None:
     """What is written first must be written once; block reads are merged into it."""
     world = make_world(np.random.default_rng(5), LayerKv(1, 4, 4), torch.float32)
-    reads = plan_reads(world.batch, None, torch.float32)
+    reads = plan_reads(world.batch.chunks, world.batch.shared_reads, None, torch.float32)
     rows = [row for run in reads.runs for row in run.rows.tolist()]
     rows += [row for group in reads.padded for row in group.real_rows.tolist()]
     rows += [row for block in reads.causal for row in block.rows.tolist()]
@@ -132,5 +135,5 @@ def test_every_row_has_exactly_one_own_read(path: str) -> None:
 def test_tokens_below_a_shared_node_read_it_in_one_call() -> None:
     world = make_world(np.random.default_rng(3), LayerKv(1, 4, 4), torch.float32, num_nodes=30)
     shared = {id(above) for node, _ in world.readers for above in node.ancestors}
-    reads = plan_reads(world.batch, None, torch.float32)
+    reads = plan_reads(world.batch.chunks, world.batch.shared_reads, None, torch.float32)
     assert len(reads.blocks) == len(shared)

@@ -15,6 +15,7 @@ from tests.executor.harness import run
 from tests.executor.tiny_models import VOCABULARY, configurations, generate_alone, make_model
 
 MAX_TOKENS = 14
+FUSED = {"llama", "mistral", "qwen2", "qwen3"}
 ARCHITECTURES = sorted(configurations())
 
 
@@ -61,6 +62,7 @@ VARIANTS = {
     "no sharing of short prefixes": {"min_shared_tokens": 20},
     "little memory": {"kv_tokens": 130, "max_step_tokens": 40},
     "long chunks": {"max_step_tokens": 24},
+    "fused": {"max_step_tokens": 40},
     "recovery": {"kv_tokens": 150, "max_step_tokens": 64, "estimator": Optimist()},
 }
 
@@ -74,7 +76,11 @@ def test_greedy_output_equals_transformers(
         monkeypatch.setattr(attention_plan, "_SHORT", 6)
         monkeypatch.setattr(attention_plan, "_FEW", 1)
     runner, prompts, expected = oracle(architecture)
+    if variant == "fused":
+        fused = runner.fuse()
+        assert fused == (architecture in FUSED)
     outcome = run(runner, prompts, SamplingParams(max_tokens=MAX_TOKENS), **VARIANTS[variant])
+    runner.unfuse()
     assert [list(result.tokens) for result in outcome.results] == expected
     if variant == "recovery":
         assert outcome.stats.preemptions > 0

@@ -66,7 +66,9 @@ def test_sinks_that_are_ignored_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_window_that_is_ignored_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_reads = attention_plan.plan_reads
-    monkeypatch.setattr(attention_cpu, "plan_reads", lambda batch, _, dtype: plan_reads(batch, None, dtype))
+    monkeypatch.setattr(
+        attention_cpu, "plan_reads", lambda chunks, reads, _, dtype: plan_reads(chunks, reads, None, dtype)
+    )
     refuses(runner_of("mistral"))
 
 

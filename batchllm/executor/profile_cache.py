@@ -1,0 +1,81 @@
+"""Calibrations kept from run to run: one small JSON file for each model, device and version of what runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from batchllm.core import SamplingParams
+from batchllm.executor.calibrate import calibrate
+from batchllm.executor.model import ModelRunner
+from batchllm.planner.hardware import DeviceProfile, RateCurve
+from batchllm.user_cache import user_cache_folder
+from batchllm.versions import versions
+
+
+def calibrated_profile(
+    model: ModelRunner, fingerprint: str, params: SamplingParams, *, may_measure: bool
+) -> DeviceProfile | None:
+    """The profile of this device with this model: kept from an earlier run, else measured now if that is allowed.
+
+    Nothing that goes wrong with the cache matters: then the device is measured again next time.
+    """
+    path = user_cache_folder() / "profiles" / f"{_key(model, fingerprint, params)}.json"
+    profile = _read(path)
+    if profile is not None or not may_measure:
+        return profile
+    profile = calibrate(model, params)
+    _write(path, profile)
+    return profile
+
+
+def _key(model: ModelRunner, fingerprint: str, params: SamplingParams) -> str:
+    """Everything that can change a measurement, of what is known."""
+    parts = {
+        "model": fingerprint,
+        "dtype": str(model.dtype),
+        "fused": getattr(model, "fused", False),
+        "threads": torch.get_num_threads(),
+        "device": [platform.node(), platform.machine(), _cpu_name(), os.cpu_count()],
+        "versions": versions(),
+        "sampling": [params.greedy, params.top_p < 1, params.top_k > 0, params.min_p > 0, params.logprobs],
+        "profile": [field.name for field in fields(DeviceProfile)],
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _read(path: Path) -> DeviceProfile | None:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        curves = {name: RateCurve(**_tuples(values[name])) for name in ("layer_rate", "logit_rate")}
+        return DeviceProfile(**{**values, **curves})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _tuples(curve: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(map(float, values)) for name, values in curve.items()}
+
+
+def _write(path: Path, profile: DeviceProfile) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # two jobs may measure at the same time
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(profile), indent=1), encoding="utf-8")
+        os.replace(temporary, path)
