@@ -124,7 +124,7 @@ def test_job_cannot_be_changed(tmp_path: Path) -> None:
             "workers, min_shared_tokens",
         ),
         ({**SMALLEST, 3: 1}, "3 is not a known key; the keys of a job file are model, input, prompt, "
-         "generate, output, engine"),
+         "generate, output, engine, plan"),
         (job_with(output=None), "output is missing"),
         (job_with(input={"path": None}), "input.path is missing"),
         (job_with(generate=[1]), "generate must be a mapping, found a list"),

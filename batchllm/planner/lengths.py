@@ -47,6 +47,18 @@ class LengthEstimator:
         remaining: IntArray = np.maximum(np.ceil(total).astype(np.int64) - decoded, 1)
         return remaining
 
+    def mean_total(self, params_index: IntLike, max_tokens: IntLike) -> IntArray:
+        """Mean length of the whole output [n] of sequences that have not started, without any caution: `max_tokens`
+        for parameters of which nothing has been seen."""
+        most = np.asarray(max_tokens, dtype=np.float64)
+        total = most.copy()
+        for params in np.unique(params_index).tolist():
+            seen = self._seen.get(params)
+            if seen is not None:
+                mine = np.asarray(params_index) == params
+                total[mine] = seen.mean_clipped(most[mine])
+        return np.maximum(np.rint(total), 1).astype(np.int64)
+
 
 class _RecentLengths:
     """A ring of the last lengths, and sums over the sorted ring that are rebuilt when it has changed."""
@@ -73,6 +85,17 @@ class _RecentLengths:
         expected = np.minimum(mean + SPREAD * np.sqrt(variance), max_tokens)
         trust = count / (count + TRUSTED_LENGTHS)
         return trust * expected + (1.0 - trust) * max_tokens
+
+    def mean_clipped(self, most: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Mean of the lengths seen, those beyond `most` counted as that."""
+        if self._stale:
+            self._rebuild()
+        within = np.searchsorted(self._lengths, most, side="right")
+        count = len(self._lengths)
+        mean: NDArray[np.float64] = (
+            self._sum_from[0] - self._sum_from[within] + (count - within) * most
+        ) / count
+        return mean
 
     def _rebuild(self) -> None:
         self._lengths = np.sort(self._ring[: min(self._added, KEPT_LENGTHS)])

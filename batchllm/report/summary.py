@@ -14,6 +14,7 @@ def summary_text(metrics: RunMetrics, out_path: Path) -> str:
         f"prompt tokens  {_prompt_tokens(metrics)}",
         f"output tokens  {metrics.output_tokens:,}{_rate(metrics)}",
         *_wrapped("time           ", _time(metrics)),
+        *_prediction(metrics),
         f"KV cache       {_kv(metrics)}",
         f"memory         {_bytes(metrics.rss_peak_bytes)} at most",
         f"answers        {_snippet(out_path)}",
@@ -51,6 +52,16 @@ def _time(metrics: RunMetrics) -> list[str]:
     stages = [f"{stage} {seconds:.1f}" for stage, seconds in metrics.seconds.items() if seconds >= 0.05]
     total = f"{metrics.wall_seconds:.1f} s"
     return [total + ":", *(f"{stage}," for stage in stages[:-1]), stages[-1]] if stages else [total]
+
+
+def _prediction(metrics: RunMetrics) -> list[str]:
+    """Of the seconds in which the model ran."""
+    predicted, took = metrics.predicted.get("seconds"), metrics.seconds.get("run", 0.0)
+    if predicted is None or took <= 0:
+        return []
+    doubt = "" if metrics.predicted.get("calibrated") else " for a CPU like this one"
+    text = f"predicted {predicted:.1f} s{doubt}, took {took:.1f} s ({predicted / took - 1:+.0%})"
+    return [f"run            {text}"]
 
 
 def _kv(metrics: RunMetrics) -> str:

@@ -80,3 +80,16 @@ def test_mixed_parameters_in_one_call():
 def test_empty():
     none = np.empty(0, dtype=np.int64)
     assert len(LengthEstimator().estimate(none, none, none)) == 0
+
+
+def test_mean_of_whole_outputs():
+    rng = np.random.default_rng(7)
+    seen = rng.integers(1, 400, size=300)
+    estimator = LengthEstimator()
+    for length in seen:
+        estimator.observe(2, int(length))
+    limits = np.array([1, 50, 399, 1000])
+    found = estimator.mean_total(np.full(4, 2), limits)
+    assert found.tolist() == [round(float(np.minimum(seen, most).mean())) for most in limits]
+    assert estimator.mean_total(np.array([0, 2]), np.array([64, 400]))[0] == 64  # nothing is known of these
+    assert len(estimator.mean_total(np.empty(0, np.int64), np.empty(0, np.int64))) == 0

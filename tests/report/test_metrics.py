@@ -149,3 +149,15 @@ def test_the_line_that_reads_the_answers_works(tmp_path: Path, monkeypatch: pyte
         expression = line.removeprefix("answers").strip()
         assert eval(expression, {"polars": pl}).rows() == [(1,)]
     assert "polars.read_parquet('out/*.parquet')" in summary_text(METRICS, Path("out"))
+
+
+def test_summary_puts_the_prediction_beside_what_it_took() -> None:
+    def line(**predicted: float) -> list[str]:
+        text = summary_text(replace(METRICS, predicted=predicted), Path("/data"))
+        return [line for line in text.splitlines() if "predicted" in line]
+
+    assert line(seconds=93.04, calibrated=True) == ["run            predicted 93.0 s, took 100.0 s (-7%)"]
+    assert line(seconds=150.0, calibrated=False) == [
+        "run            predicted 150.0 s for a CPU like this one, took 100.0 s (+50%)"
+    ]
+    assert line(steps=3) == []
