@@ -1,0 +1,353 @@
+"""Replays what the executor's scheduler does with a plan, without a model: which steps there are and what each does.
+
+The rules are those of `executor.scheduler`: sequences start in the plan's order, the next one when all prompt tokens of
+those before it are in a step that has room left, and when a look at all future steps says that memory suffices
+(planner.memory). Each step holds one token of every decoding sequence, then prompt tokens. Lengths are taken as known,
+so nothing ever steps back, and the future is fixed but for sequences that have not started: each is looked at once, its
+start is searched for in the known future, and steps in which nothing starts cost nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.core import IntArray, Plan
+from batchllm.planner.loads import StepLoads
+from batchllm.planner.timeline import Event, Level, Timeline
+
+# As in executor.scheduler: a leaf gets room for so many output tokens at first, in multiples of so many slots.
+LEAD = 128
+ROUND = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationOptions:
+    """The memory and the steps that are replayed."""
+
+    kv_tokens: int
+    max_step_tokens: int
+    max_running: int = 4096
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a run of the plan comes to when every output is as long as expected."""
+
+    loads: StepLoads
+    peak_kv_tokens: int  # slots of KV memory taken, room for tokens to come included
+    failed: int  # sequences that fit in memory not even alone
+
+    @property
+    def steps(self) -> int:
+        return self.loads.num_steps
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens computed."""
+        return round(self.loads.total("prompt_tokens"))
+
+
+def simulate(plan: Plan, output_tokens: IntArray, options: SimulationOptions) -> Simulation:
+    """`output_tokens`: expected length of each sequence's output; 0 counts as 1, for a sequence samples one token."""
+    replay = _Replay(plan, np.maximum(output_tokens, 1), options)
+    for sequence in range(plan.num_sequences):
+        replay.start(sequence)
+    loads = replay.time.finish()
+    return Simulation(loads, min(replay.time.peak, options.kv_tokens), replay.failed)
+
+
+class _Replay:
+    """`stack` holds the shared nodes with sequences below that have not started, from the top down."""
+
+    def __init__(self, plan: Plan, output: IntArray, options: SimulationOptions):
+        self.time = Timeline()
+        self.failed = 0
+        self._kv_tokens = options.kv_tokens
+        self._step_tokens = options.max_step_tokens
+        self._max_running = min(options.max_running, options.max_step_tokens)
+        self._output: list[int] = output.tolist()
+        self._leaf: list[int] = plan.sequence_node.tolist()
+        self._start: list[int] = plan.node_start.tolist()
+        self._length: list[int] = (plan.node_end - plan.node_start).tolist()
+        self._donor: list[int] = plan.node_donor.tolist()
+        self._copied: list[int] = plan.node_copied.tolist()
+        self._has_heir: list[bool] = _has_heir(plan).tolist()
+        self._samples_above: list[bool] = _ends_sequences(plan).tolist()
+        first = np.searchsorted(plan.sequence_node, np.arange(plan.num_nodes))
+        self._last_sequence: list[int] = (first + plan.node_leaves - 1).tolist()
+        self._last_use = [-1] * plan.num_nodes  # last step in which a sequence below runs
+        self._read_from = [0] * plan.num_nodes  # a chunk below reads the node in all steps from this one ...
+        self._read_until = [-1] * plan.num_nodes  # ... to this one
+        self._placed = [False] * plan.num_nodes
+        self._stack: list[int] = []
+        self._open = 0  # tokens of the placed nodes of the stack
+        self._kept: dict[int, tuple[int, int]] = {}  # donors in wait of their heir: last step in use, slots
+        self._used = 0  # tokens in the current step
+
+    def start(self, sequence: int) -> None:
+        """Lets the next sequence of the plan start as soon as it may."""
+        self.time.forget()
+        leaf, output = self._leaf[sequence], self._output[sequence]
+        opened = self._leaf[sequence - 1] + 1 if sequence else 0
+        self._stack.extend(range(opened, leaf))
+        missing = self._missing()
+        closing = self._closing(sequence)
+        if self._used >= self._step_tokens:
+            self._go(self.time.now + 1)
+        slots = self._wait(leaf, output, missing, closing)
+        if slots:
+            self._place(leaf, output, missing, slots)
+        else:
+            self.failed += 1
+        for _ in closing:
+            self._close(self._stack.pop())
+
+    def _missing(self) -> list[int]:
+        """Nodes of the stack that have no memory: the lowest ones."""
+        resident = len(self._stack)
+        while resident and not self._placed[self._stack[resident - 1]]:
+            resident -= 1
+        return self._stack[resident:]
+
+    def _closing(self, sequence: int) -> list[tuple[int, int]]:
+        """(tokens, last use so far) of the nodes whose last sequence this is, the lowest first."""
+        closing, use = [], -1
+        for node in reversed(self._stack):
+            if self._last_sequence[node] != sequence:
+                break
+            use = max(use, self._last_use[node])
+            closing.append((self._length[node], use))
+        return closing
+
+    # ---- waiting
+
+    def _go(self, step: int) -> None:
+        self.time.advance(step)
+        self._used = int(self.time.current[Level.DECODING])
+
+    def _wait(self, leaf: int, output: int, missing: list[int], closing: list[tuple[int, int]]) -> int:
+        """Goes to the step in which the sequence starts. Returns the slots that its leaf gets; 0: it never fits."""
+        time, own = self.time, self._length[leaf]
+        added = sum(self._length[node] for node in missing)
+        slots = _slots(own, output, LEAD)
+        while time.current[Level.RUNNING] > 0:
+            step = time.first_below(Level.RUNNING, self._max_running - 1)
+            step = self._first_fit(step, own, output, added, closing)
+            if step > time.now:
+                self._go(step)
+                continue
+            if self._has_room(added + slots):
+                return slots
+            self._go(time.first_below(Level.RESERVED, self._kv_tokens - added - slots))
+            self._drop_kept(time.now - 1)
+        if self._has_room(added + slots):
+            return slots
+        slots = _slots(own, output, 1)
+        return slots if self._has_room(added + slots) else 0
+
+    def _first_fit(self, step: int, own: int, output: int, added: int, closing: list[tuple[int, int]]) -> int:
+        """The first step from `step` on in which no later step would hold too much, or in which nothing runs."""
+        time = self.time
+        if time.current[Level.CEILING] + added + own + output <= self._kv_tokens:
+            return step
+        steady = self._open + added - sum(tokens for tokens, _ in closing) - self._kv_tokens
+        while step <= time.last:
+            excess = time.foreseen(step, max(time.last, step + output - 1) + 1) + steady
+            excess[:output] += own + np.arange(output)
+            for tokens, use in closing:
+                excess[: max(use - step + 1, output)] += tokens
+            over = np.flatnonzero(excess > 0)
+            if len(over) == 0:
+                return step
+            # Starting later lowers what it holds in a step by as much, and to nothing in the steps before.
+            wait = np.where(over < output, np.minimum(excess[over], over + 1), over + 1)
+            step += int(wait.max())
+        return step
+
+    def _has_room(self, slots: int) -> bool:
+        """Whether memory has so many free slots, after what is kept only for copying has gone if need be."""
+        free = self._kv_tokens - int(self.time.current[Level.RESERVED]) - slots
+        kept = sum(size for used, size in self._kept.values() if used < self.time.now)
+        if kept > free:
+            self._drop_kept(self.time.now)
+        return free >= 0
+
+    def _drop_kept(self, step: int) -> None:
+        """Gives up the donors that are out of use in this step."""
+        for node in [node for node, (used, _) in self._kept.items() if used < step]:
+            self.time.change(Level.KEPT, self.time.now, -self._kept.pop(node)[1])
+
+    # ---- starting
+
+    def _place(self, leaf: int, output: int, missing: list[int], slots: int) -> None:
+        """Takes memory, computes the prompt from the current step on, decodes after that."""
+        time, begin = self.time, self.time.now
+        own = self._length[leaf]
+        for node in missing:
+            self._placed[node] = True
+            self._open += self._length[node]
+            time.change(Level.RESERVED, begin, self._length[node])
+            time.change(Level.CEILING, begin, self._length[node])
+        time.change(Level.RUNNING, begin, 1)
+        time.change(Level.RESERVED, begin, slots)
+        time.change(Level.CEILING, begin, own + output - 1)
+        copied = [self._copy(node) for node in [*missing, leaf]]
+        firsts = [self._compute(node, done) for node, done in zip([*missing, leaf], copied)]
+        end = self._decode(leaf, output, begin)
+        slots = self._grow(own, output, slots)
+        time.change(Level.RUNNING, end + 1, -1)
+        time.change(Level.RESERVED, end + 1, -slots)
+        time.change(Level.CEILING, end + 1, -(own + output - 1))
+        self._read_above(firsts, end)
+        if self._stack:
+            self._last_use[self._stack[-1]] = max(self._last_use[self._stack[-1]], end)
+        if self._has_heir[leaf]:
+            self._keep(leaf, end, slots)
+
+    def _copy(self, node: int) -> int:
+        """Tokens of a node that are copied from its donor, which is then free to go."""
+        donor = self._donor[node]
+        if donor < 0 or donor not in self._kept:
+            return 0
+        used, slots = self._kept.pop(donor)
+        now = self.time.now
+        self.time.change(Level.KEPT, max(now, used + 1), -slots)
+        if used < now:  # nothing else may have its memory in this step
+            self.time.change(Level.RESERVED, now, slots)
+            self.time.change(Level.RESERVED, now + 1, -slots)
+        self.time.event(Event.COPIED, now, self._copied[node])
+        return self._copied[node]
+
+    def _compute(self, node: int, done: int) -> int:
+        """Puts the tokens of a node from `done` on into this and further steps; returns the first of them."""
+        time, length, start = self.time, self._length[node], self._start[node]
+        if done < length and self._used >= self._step_tokens:
+            self._go(time.now + 1)
+        first = time.now if done < length else -1
+        while done < length:
+            if self._used >= self._step_tokens:
+                self._go(time.now + 1)
+            count = min(self._step_tokens - self._used, length - done)
+            now = time.now
+            time.event(Event.PROMPT, now, count)
+            time.event(Event.CHUNKS, now, 1)
+            time.event(Event.OWN_PAIRS, now, count * done + count * (count + 1) // 2)
+            time.event(Event.OWN_READ, now, done + count)
+            time.event(Event.SHARED_PAIRS, now, count * start)
+            done += count
+            self._used += count
+        if first >= 0 and self._samples_above[node]:
+            time.event(Event.LOGITS, time.now, 1)
+        return first
+
+    def _decode(self, leaf: int, output: int, begin: int) -> int:
+        """The first token is sampled in the current step. Returns the step in which the last one is."""
+        time, own, start, now = self.time, self._length[leaf], self._start[leaf], self.time.now
+        after = now + output
+        time.reserve(after - 1)
+        time.foresee(begin, now + 1, own)
+        if output > 1:
+            time.foresee(now + 1, after, own + 1, growing=True)
+            time.change(Level.DECODING, now + 1, 1)
+            time.change(Level.DECODING, after, -1)
+            time.change(Level.OWN_READ, now + 1, own + 1)
+            time.change(Level.OWN_READ, after, -(own + output - 1))
+            time.grow(now + 2, after)
+            time.change(Level.SHARED_PAIRS, now + 1, start)
+            time.change(Level.SHARED_PAIRS, after, -start)
+        return after - 1
+
+    def _grow(self, own: int, output: int, slots: int) -> int:
+        """Enlarges the leaf when it is full, as the executor does. Returns the slots it has in the end."""
+        now = self.time.now
+        while slots < own + output - 1:
+            wanted = _rounded(slots + max(ROUND, slots // 2))
+            grown = min(wanted, own + output - 1)
+            self.time.change(Level.RESERVED, now + slots - own + 1, grown - slots)
+            slots = grown
+        return slots
+
+    def _read_above(self, firsts: list[int], end: int) -> None:
+        """Every node above reads along from the first chunk below it until the sequence ends."""
+        begin = self.time.now + 1
+        for above, node in enumerate(reversed(self._stack)):
+            first = firsts[-1 - above] if above < len(firsts) else -1
+            begin = first if first >= 0 else begin
+            if self._read(node, begin, end):
+                return
+
+    def _read(self, node: int, begin: int, end: int) -> bool:
+        """Returns whether the node, and so every node above, is read until then anyway."""
+        known = self._read_until[node]
+        earlier = min(self._read_from[node], known + 1)
+        if begin < earlier <= self.time.now + 1 and known >= begin:
+            self._count_reads(
+                node, begin, earlier
+            )  # from this step on, where so far it was from the next one on
+            self._read_from[node] = begin
+        elif known >= end:
+            return True
+        if end > known:
+            if begin > known + 1:
+                self._read_from[node] = begin
+            self._count_reads(node, max(begin, known + 1), end + 1)
+            self._read_until[node] = max(known, end)
+        return False
+
+    def _count_reads(self, node: int, begin: int, after: int) -> None:
+        if begin < after:
+            for level, amount in ((Level.SHARED_READS, 1), (Level.SHARED_READ, self._length[node])):
+                self.time.change(level, begin, amount)
+                self.time.change(level, after, -amount)
+
+    # ---- ending
+
+    def _keep(self, node: int, used: int, slots: int) -> None:
+        self._kept[node] = (used, slots)
+        self.time.change(Level.KEPT, used + 1, slots)
+
+    def _close(self, node: int) -> None:
+        """All sequences below have started: the node goes after the last of them."""
+        time, tokens, use = self.time, self._length[node], self._last_use[node]
+        if self._stack:
+            self._last_use[self._stack[-1]] = max(self._last_use[self._stack[-1]], use)
+        if not self._placed[node]:
+            return
+        self._open -= tokens
+        after = max(use + 1, time.now)
+        time.change(Level.RESERVED, after, -tokens)
+        time.change(Level.CEILING, after, -tokens)
+        time.foresee(time.now, after, tokens)
+        if self._has_heir[node]:
+            self._keep(node, after - 1, tokens)
+
+
+def _slots(own: int, output: int, lead: int) -> int:
+    """Slots a leaf gets when it starts."""
+    lead = min(lead, output)
+    room = _rounded(own + lead) if lead > 1 else own + 1
+    return max(min(room, max(1, own + output - 1)), own)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // ROUND) * ROUND
+
+
+def _has_heir(plan: Plan) -> NDArray[np.bool_]:
+    """[nodes] whether a later node copies from it."""
+    heir = np.zeros(plan.num_nodes, dtype=np.bool_)
+    heir[plan.node_donor[plan.node_copied > 0]] = True
+    return heir
+
+
+def _ends_sequences(plan: Plan) -> NDArray[np.bool_]:
+    """[nodes] whether logits at the node's end are computed: of leaves with tokens, and where such without end."""
+    leaf = plan.sequence_node
+    empty = plan.node_start[leaf] == plan.node_end[leaf]
+    ends = np.zeros(plan.num_nodes, dtype=np.bool_)
+    ends[leaf[~empty]] = True
+    ends[plan.node_parent[leaf[empty]]] = True
+    return ends
