@@ -45,25 +45,25 @@ def items_of_table(path: Path) -> list[Item]:
 
 @torch.inference_mode()
 def generate_answers(model, tokenizer, items: Sequence[Item], batch_size: int = 32) -> list[str]:
-    """The replies in the order of ``items``; prompts of one length run together, without padding."""
+    """The replies in the order of ``items``; prompts of similar length run together, padded on the left."""
     prompts = []
     for item in items:
         messages = [{"role": "user", "content": f"{item.documents}\nQuestion: {item.question}"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompts.append(tokenizer(text).input_ids)
-    by_length: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(index)
+        prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    tokenizer.padding_side = "left"
+    order = sorted(range(len(items)), key=lambda index: len(prompts[index]))
     answers = [""] * len(items)
-    for length, indices in by_length.items():
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            ids = torch.tensor([prompts[index] for index in chosen])
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-            )
-            for index, reply in zip(chosen, output[:, length:]):
-                answers[index] = tokenizer.decode(reply, skip_special_tokens=True)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = tokenizer([prompts[index] for index in chosen], return_tensors="pt", padding=True)
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+        )
+        for index, reply in zip(chosen, output[:, inputs["input_ids"].shape[1] :]):
+            answers[index] = tokenizer.decode(reply, skip_special_tokens=True)
     return answers
 
 

@@ -162,6 +162,7 @@ def test_names_are_two_to_four_tokens_mostly() -> None:
 @needs_model
 def test_training_row_is_the_same_as_separate_prompts() -> None:
     """Packed questions give the logits that each prompt with one question gives."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     maker = RowMaker(tokenizer)
@@ -219,6 +220,7 @@ def test_model_answers_held_out_questions() -> None:
     from evaluate import exact_match, generate_answers, held_out_items
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     items = held_out_items(num_sets=8, seed=5)[:40]
     answers = generate_answers(model, AutoTokenizer.from_pretrained(MODEL), items)
