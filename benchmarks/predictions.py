@@ -27,12 +27,16 @@ from batchllm.executor import calibrate
 from batchllm.executor.budget import engine_options, kv_token_budget
 from batchllm.executor.engine import Engine
 from batchllm.executor.model import ModelRunner, load_model
+from batchllm.executor.parity import check_parity
 from batchllm.executor.step import StepBatch
 from batchllm.executor.stopping import StopRules
+from batchllm.forecast import forecast, simulate_plan
 from batchllm.planner.cost import step_costs
+from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.loads import StepLoads
 from batchllm.planner.model_shape import model_shape
 from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.planner.simulate import SimulationOptions
 from batchllm.versions import versions
 from benchmarks import workloads
 from benchmarks.model import make_model
@@ -52,6 +56,7 @@ def main(names: str, cpu_time: bool, out: Path | None) -> None:
         calibrate._clock = time.process_time
     with tempfile.TemporaryDirectory() as scratch:
         model = load_model(str(make_model(Path(scratch) / "model")))
+        check_parity(model)
         rows = [_measure(model, name) for name in names.split(",")]
     for row in rows:
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
@@ -84,13 +89,21 @@ def _measure(model: ModelRunner, name: str) -> dict[str, Any]:
     for _ in engine.run():
         pass
     took = calibrate._clock() - started
+    memory = SimulationOptions(options.kv_tokens, options.max_step_tokens, options.max_running)
+    simulation, outputs = simulate_plan(plan, prompts, LengthEstimator(), memory)
+    dtype = str(model.dtype).removeprefix("torch.")
+    planned = forecast(simulation, outputs, plan.num_sequences, shape, profile, dtype)
     counted = step_costs(shape, profile, engine.loads(), model.dtype.itemsize)
     return {
         "workload": name,
         "took_seconds": round(took, 2),
-        "from_counted_steps": round(counted.total_seconds, 2),
-        "error": f"{counted.total_seconds / took - 1:+.1%}",
+        "predicted_seconds": round(planned.seconds, 2),
+        "error": f"{planned.seconds / took - 1:+.1%}",
+        "error_with_steps_known": f"{counted.total_seconds / took - 1:+.1%}",
         "steps": engine.stats.steps,
+        "predicted_steps": planned.steps,
+        "kv_peak_tokens": engine.stats.kv_tokens_peak,
+        "predicted_kv_peak_tokens": simulation.peak_kv_tokens,
         "calibration_seconds": round(calibration, 2),
         "parts": {
             p: round(float((counted.steps * getattr(counted, p)).sum()), 2)

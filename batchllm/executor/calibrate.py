@@ -70,6 +70,7 @@ def calibrate(model: ModelRunner, params: SamplingParams | None = None) -> Devic
         chunk_seconds=plan_chunk,
         row_seconds=row,
         calibrated=True,
+        short_last_layer=model.fused,
     )
 
 

@@ -51,7 +51,7 @@ def step_costs(
     )
     return StepCosts(
         steps=loads.steps,
-        layers=_layer_seconds(shape, profile, loads.tokens, bytes_per_value),
+        layers=_layer_seconds(shape, profile, loads, bytes_per_value),
         logits=_logit_seconds(shape, profile, loads.logit_rows, bytes_per_value),
         attention=_attention_seconds(shape, profile, loads, bytes_per_value),
         overhead=overhead,
@@ -59,10 +59,16 @@ def step_costs(
 
 
 def _layer_seconds(
-    shape: ModelShape, profile: DeviceProfile, tokens: FloatArray, bytes_per_value: float
+    shape: ModelShape, profile: DeviceProfile, loads: StepLoads, bytes_per_value: float
 ) -> FloatArray:
     """A product takes as long as its arithmetic or as reading its weights, whichever is longer."""
+    tokens, rows = loads.tokens, loads.logit_rows
     compute = tokens * shape.flops_per_token / profile.layer_rate.at(tokens)
+    if profile.short_last_layer:
+        last = shape.layers[-1]
+        keys_and_values = min(shape.hidden_size * last.kv_values, last.attention_parameters)
+        saved = 2 * (tokens - rows) * (last.active_parameters - keys_and_values)
+        compute -= np.maximum(saved, 0.0) / profile.layer_rate.at(tokens)
     read = sum(count * layer.read_parameters(tokens) for layer, count in Counter(shape.layers).items())
     memory = np.where(tokens > 0, read * bytes_per_value / profile.weight_bandwidth, 0.0)
     return np.maximum(compute, memory)
@@ -82,10 +88,13 @@ def _attention_seconds(
     """Both kinds of reads. In layers with a window, roughly the part of them that lies within it."""
     compute, kv_values = np.zeros(len(loads)), np.zeros(len(loads))
     pair_seconds = loads.shared_pairs / profile.shared_flops + loads.own_pairs / profile.own_flops
-    for layer, count in Counter(shape.layers).items():
-        seen = np.full(len(loads), float(count))
+    full = shape.layers[:-1] if profile.short_last_layer else shape.layers
+    counted = [(layer, np.full(len(loads), float(count))) for layer, count in Counter(full).items()]
+    if profile.short_last_layer:
+        counted.append((shape.layers[-1], np.minimum(1.0, loads.logit_rows / np.maximum(loads.tokens, 1.0))))
+    for layer, seen in counted:
         if layer.window is not None:
-            seen *= np.minimum(1.0, loads.tokens * layer.window / np.maximum(loads.pairs, 1.0))
+            seen = seen * np.minimum(1.0, loads.tokens * layer.window / np.maximum(loads.pairs, 1.0))
         compute += seen * layer.flops_per_pair * pair_seconds
         kv_values += seen * layer.kv_values * loads.kv_read
     memory = kv_values * bytes_per_value / profile.kv_bandwidth

@@ -58,6 +58,9 @@ class DeviceProfile:
     row_seconds: float  # of a sampled row: the choice of a token
     memory_bytes: int | None = None  # for weights and KV; None: not known
     calibrated: bool = False  # measured with this model on this device
+    short_last_layer: bool = (
+        False  # the last layer works only for tokens with logits, but for its keys and values
+    )
 
 
 @dataclass(frozen=True, slots=True)
