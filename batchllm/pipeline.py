@@ -129,7 +129,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
 
 
 def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None]:
-    from batchllm.executor.model import load_config
+    from batchllm.executor.model_config import load_config
 
     if job.engine.device == "cuda":
         raise JobError(

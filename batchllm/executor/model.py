@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from batchllm.errors import ModelError
@@ -20,8 +20,9 @@ from batchllm.executor.forward_context import (
     register,
 )
 from batchllm.executor.fused_layer import fuse_layers, restore_layers
-from batchllm.executor.gate import LengthLimit, check_config, refused
+from batchllm.executor.gate import LengthLimit, refused
 from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.model_config import first_line, load_config
 from batchllm.executor.step import StepBatch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,15 +106,6 @@ class _ShapeProbe:
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 
 
-def load_config(path: str, trust_remote_code: bool) -> tuple[Any, LengthLimit | None]:
-    """The model's configuration, checked by the gate. Cheap: no weights are read."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path: {path} cannot be opened as a model: {_first_line(error)}") from None
-    return config, check_config(config)
-
-
 def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> ModelRunner:
     """Loads safetensors weights and checks that this model can run exactly. Raises ModelError."""
     register()
@@ -130,7 +122,7 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model.path: {path} cannot be loaded: {first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:  # transformers fills them with random numbers and only warns
         missing = sorted(report["missing_keys"])
@@ -152,7 +144,3 @@ def prepare_model(model: Any, limit: LengthLimit | None = None) -> ModelRunner:
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise refused(model_type, "its forward cannot return the logits of chosen tokens only")
     return ModelRunner(model, limit)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

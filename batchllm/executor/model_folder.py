@@ -23,7 +23,9 @@ _SAMPLED_BLOCKS = 64
 _BLOCK_BYTES = 64 * 1024
 
 
-def check_model_folder(path: str, trust_remote_code: bool, need_tokenizer: bool = True) -> None:
+def check_model_folder(
+    path: str, trust_remote_code: bool, need_tokenizer: bool = True, need_weights: bool = True
+) -> None:
     """Refuses, in one sentence with what to do, a folder that cannot be used. A hub id is left to transformers."""
     folder = Path(path)
     if not folder.exists():
@@ -40,7 +42,7 @@ def check_model_folder(path: str, trust_remote_code: bool, need_tokenizer: bool 
             f"model.path: {path} runs code of its own (auto_map in config.json); read that code and set "
             f"model.trust_remote_code: true if you trust it."
         )
-    if not any(folder.glob("*.safetensors")):
+    if need_weights and not any(folder.glob("*.safetensors")):
         if any(any(folder.glob(pattern)) for pattern in _PICKLES):
             raise ModelError(
                 f"model.path: {path} has pickle weights only, which can run code when loaded; convert them with "

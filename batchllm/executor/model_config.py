@@ -1,0 +1,23 @@
+"""Opens a model's configuration: no weights are read, and nothing that would need torch's model code is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from batchllm.errors import ModelError
+from batchllm.executor.gate import LengthLimit, check_config
+
+
+def load_config(path: str, trust_remote_code: bool) -> tuple[Any, LengthLimit | None]:
+    """The model's configuration, checked by the gate. Cheap: no weights are read."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.path: {path} cannot be opened as a model: {first_line(error)}") from None
+    return config, check_config(config)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
