@@ -148,7 +148,7 @@ class EngineSpec(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kv_memory: Bytes = "auto"
     max_step_tokens: CountOrAuto = "auto"
-    order: Literal["auto", "decode_ratio", "tree", "input"] = "auto"
+    order: Literal["auto", "decode_ratio", "dual_scan", "longest_first", "tree", "input"] = "auto"
     workers: OneWorker = 1
     min_shared_tokens: CountOrAuto = "auto"
 

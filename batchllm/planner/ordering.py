@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchllm.core import IntArray
 from batchllm.planner.prefix_tree import PrefixTree
 
-OrderName = Literal["auto", "decode_ratio", "tree", "input"]
+OrderName = Literal["auto", "decode_ratio", "dual_scan", "longest_first", "tree", "input"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,15 @@ def execution_order(
     ends, `first_request` its smallest request, `decode` the tokens it is expected to decode.
 
     Sequences that end at a node come before the ones that go on from it: the longer prompt then copies all
-    of the shorter one. The children of a node are ordered by `policy`, ties by their first request.
+    of the shorter one. The children of a node are ordered by `policy`, ties by their first request:
+
+        tree           by their first token
+        input          by their first request
+        decode_ratio   (BatchLLM, also `auto`) most expected output for the prompt tokens to compute first: its
+                       decode tokens are there to fill the steps in which later prompts are computed
+        dual_scan      (BlendServe) from both ends of the children sorted by computation over memory, so that each
+                       stretch of the order needs about as much of both as all of it
+        longest_first  (LPT) longest expected output first, so that no long one is left over at the end
     """
     ending = np.bincount(terminal, minlength=tree.num_nodes)
     node_first = _node_positions(tree, ending, _rank_nodes(tree, terminal, first_request, decode, policy))
@@ -58,12 +67,64 @@ def _rank_nodes(
     first = _first_request_below(tree, terminal, first_request)
     if policy == "input":
         return np.lexsort((first, tree.parent))
-    # BatchLLM, section 1.3: what decodes much for the prompt tokens it costs comes first, so that its
-    # decode tokens are there to fill the steps in which later prompts are computed.
     decoded = np.zeros(tree.num_nodes, dtype=np.int64)
     np.add.at(decoded, terminal, decode)
-    ratio = tree.subtree_sum(decoded) / tree.subtree_sum(tree.end - tree.start)
-    return np.lexsort((first, -ratio, tree.parent))
+    computed = tree.subtree_sum(tree.end - tree.start)
+    if policy == "longest_first":
+        longest = _longest_below(tree, terminal, decode)
+        work = computed + tree.subtree_sum(decoded)
+        return np.lexsort((first, -work, -longest, tree.parent))
+    if policy == "dual_scan":
+        held = _held_below(tree, terminal, decode)
+        return _from_both_ends(tree.parent, computed + tree.subtree_sum(decoded), held, first)
+    return np.lexsort((first, -tree.subtree_sum(decoded) / computed, tree.parent))
+
+
+def _longest_below(tree: PrefixTree, terminal: IntArray, decode: IntArray) -> IntArray:
+    """The longest expected output below each node."""
+    longest = np.zeros(tree.num_nodes, dtype=np.int64)
+    np.maximum.at(longest, terminal, decode)
+    for nodes in tree.levels[:0:-1]:
+        np.maximum.at(longest, tree.parent[nodes], longest[nodes])
+    return longest
+
+
+def _held_below(tree: PrefixTree, terminal: IntArray, decode: IntArray) -> IntArray:
+    """KV token-steps that the subtree of each node takes: every edge as long as the longest output below it, and
+    the outputs as they grow."""
+    grown = np.zeros(tree.num_nodes, dtype=np.int64)
+    np.add.at(grown, terminal, decode * (decode + 1) // 2)
+    edge = (tree.end - tree.start) * _longest_below(tree, terminal, decode)
+    return tree.subtree_sum(edge + grown)
+
+
+def _from_both_ends(parent: IntArray, work: IntArray, held: IntArray, first: IntArray) -> IntArray:
+    """Siblings sorted by work over memory, then taken from whichever end brings what is short so far.
+
+    What a sibling takes is counted in shares of all its siblings'. Those with more work than memory are on the left,
+    with a surplus; the others have a deficit. To take from the left as long as the surplus taken is no larger than
+    the deficit taken is to merge both sides by what was taken from a side before.
+    """
+    ranked = np.lexsort((first, -work / np.maximum(held, 1), parent))
+    new = np.append(True, np.diff(parent[ranked]) != 0) if len(parent) else np.empty(0, np.bool_)
+    begin = np.flatnonzero(new)
+    group = np.cumsum(new) - 1
+
+    def share(value: IntArray) -> NDArray[np.float64]:
+        shares: NDArray[np.float64] = (
+            value[ranked] / np.maximum(np.add.reduceat(value[ranked], begin), 1)[group]
+        )
+        return shares
+
+    surplus = share(work) - share(held) if len(parent) else np.empty(0)
+    left = surplus > 0
+    more, less = np.where(left, surplus, 0.0), np.where(left, 0.0, -surplus)
+    before = np.cumsum(more) - more
+    before -= before[begin][group]
+    through = np.cumsum(less)
+    last = np.append(begin[1:], len(parent))[: len(begin)] - 1
+    after = through[last][group] - through
+    return ranked[np.lexsort((left, np.where(left, before, after), group))]
 
 
 def _first_request_below(tree: PrefixTree, terminal: IntArray, first_request: IntArray) -> IntArray:

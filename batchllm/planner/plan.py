@@ -35,6 +35,26 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
+class PlanDraft:
+    """Everything about a plan but the order: what is shared by whom. Sequences are in lexicographic order here."""
+
+    prompts: PromptTable
+    requests: RequestTable
+    tree: PrefixTree
+    kept: Kept
+    sequences: Sequences
+    terminal: IntArray  # [sequences] the trie node where each one's prompt ends
+    below: IntArray  # [trie nodes] sequences at or below
+    decode: IntArray  # [sequences] tokens each is expected to decode
+
+    def expected_decode(self, plan: Plan) -> IntArray:
+        """`decode` of the sequences of a plan made from this draft."""
+        of_request = np.zeros(len(self.requests), dtype=np.int64)
+        of_request[self.sequences.first_request] = self.decode
+        return of_request[plan.request[plan.request_ptr[:-1]]]
+
+
+@dataclass(frozen=True)
 class _Nodes:
     """Nodes of the plan as they are first listed: shared nodes, then a leaf for each sequence as executed."""
 
@@ -74,20 +94,32 @@ def build_plan(
     copied at least as many tokens, its own donor holds them too: so whoever executes the plan may follow the
     donors back to one whose tokens are computed already, instead of waiting for the sibling just before.
     """
+    return arrange(draft_plan(prompts, requests, todo, options), options.order)
+
+
+def draft_plan(
+    prompts: PromptTable, requests: RequestTable, todo: NDArray[np.bool_], options: PlanOptions
+) -> PlanDraft:
+    """The part of `build_plan` that is the same for every order, and takes most of the time."""
     planned = planned_requests(prompts, requests, todo)
     distinct = distinct_prompts(prompts, requests.row[planned])
     tree = build_prefix_tree(distinct.lcp, distinct.length)
     sequences = collapse_requests(prompts, distinct.of_row, requests, planned)
     terminal = tree.terminal[sequences.prompt]
-
     ending = np.bincount(terminal, minlength=tree.num_nodes)
     below = tree.subtree_sum(ending)
     kept = fold_short_prefixes(tree, below, ending, options.min_shared_tokens)
     decode = _expected_decode(prompts, sequences, options)
-    execution = execution_order(tree, terminal, sequences.first_request, decode, options.order)
-    nodes = _list_nodes(tree, kept, execution, terminal, below)
-    answers = _list_answers(prompts, requests, sequences, execution)
-    return _assemble(tree, kept, nodes, execution, answers, sequences.params)
+    return PlanDraft(prompts, requests, tree, kept, sequences, terminal, below, decode)
+
+
+def arrange(draft: PlanDraft, order: OrderName) -> Plan:
+    """The plan in this order."""
+    tree, sequences = draft.tree, draft.sequences
+    execution = execution_order(tree, draft.terminal, sequences.first_request, draft.decode, order)
+    nodes = _list_nodes(tree, draft.kept, execution, draft.terminal, draft.below)
+    answers = _list_answers(draft.prompts, draft.requests, sequences, execution)
+    return _assemble(tree, draft.kept, nodes, execution, answers, sequences.params)
 
 
 def _expected_decode(prompts: PromptTable, sequences: Sequences, options: PlanOptions) -> IntArray:

@@ -97,8 +97,10 @@ class Timeline:
 
     def foreseen(self, first: int, after: int) -> FloatArray:
         """KV tokens held in steps `first` .. `after` - 1 by what has been foreseen. A copy."""
+        held = np.zeros(after - first)
         known = self._fixed[first - self._base : after - self._base]
-        return np.pad(known, (0, after - first - len(known)))
+        held[: len(known)] = known
+        return held
 
     def first_below(self, level: Level, limit: float) -> int:
         """The first step from now on in which the level, one of the first four, is at most `limit`; or the end."""
@@ -166,7 +168,7 @@ def _loads(levels: NDArray[np.float64], events: NDArray[np.float64]) -> StepLoad
     kind = levels[[Level.DECODING, Level.SHARED_READS, Level.SHARED_READ]]
     first = np.arange(levels.shape[1]) == 0
     first[1:] |= (kind[:, 1:] != kind[:, :-1]).any(axis=0)
-    eventful = events.any(axis=0)
+    eventful = np.asarray(events.any(axis=0))
     first |= eventful
     first[1:] |= eventful[:-1]
     begin = np.flatnonzero(first)

@@ -22,7 +22,7 @@ from batchllm.planner import PlanOptions, build_plan
 
 MANY = SamplingParams(max_tokens=9, temperature=1.0, n=3)
 PARAMS = (GREEDY, SAMPLED, MANY, SamplingParams(max_tokens=2, n=2))
-ORDERS = ("auto", "tree", "input")
+ORDERS = ("auto", "tree", "input", "dual_scan", "longest_first")
 
 
 def random_job(rng, case):
@@ -76,7 +76,7 @@ def kept_prefixes(sequences, shortest):
     return kept
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [order for order in ORDERS if order != "dual_scan"])
 def test_children_are_in_the_order_asked_for(order):
     """With every trie node kept, the children of a node show the order of the walk."""
     rng = np.random.default_rng(31)
@@ -105,7 +105,9 @@ def order_key(plan, prompts, node, order, decode):
     else:
         last = plan.sequence_node[leaves[-1]] + 1
         computed = (plan.node_end - plan.node_start)[node:last].sum()
-        wanted = -decode[requests].sum() / computed if own else 0.0
+        longest = (-decode[requests].max(), -computed - decode[requests].sum())
+        wanted = longest if order == "longest_first" else -decode[requests].sum() / max(1, computed)
+        wanted = wanted if own else 0.0
     return (own > 0, wanted, min(requests))
 
 
@@ -201,3 +203,33 @@ def test_read_only_tokens_and_depth():
     plan = build_plan(prompts, requests, np.ones(29, dtype=bool), PlanOptions(min_shared_tokens=1))
     check_plan(plan, prompts, requests, np.ones(29, dtype=bool))
     assert plan.stats.depth == 28
+
+
+def test_dual_scan_takes_from_both_ends():
+    """Against the scan itself, one sibling at a time."""
+    rng = np.random.default_rng(51)
+    for _ in range(100):
+        count = int(rng.integers(1, 12))
+        lengths, decode = rng.integers(1, 40, size=count), rng.integers(1, 40, size=count)
+        rows = [[1000 * i + j for j in range(n)] for i, n in enumerate(lengths)]
+        plan = plan_rows(rows, order="dual_scan", decode_estimate=decode)
+        assert plan.request.tolist() == scanned(lengths, decode)
+
+
+def scanned(lengths, decode):
+    work, held = lengths + decode, lengths * decode + decode * (decode + 1) // 2
+    ratio = work / held
+    waiting = sorted(range(len(work)), key=lambda i: (-ratio[i], i))
+    surplus = work / work.sum() - held / held.sum()
+    left, right, taken = 0.0, 0.0, []
+    while waiting:
+        heavy = [i for i in waiting if surplus[i] > 0]
+        light = [i for i in waiting if surplus[i] <= 0]
+        if light and (not heavy or right <= left + 1e-12):
+            taken.append(light[-1])
+            right -= surplus[taken[-1]]
+        else:
+            taken.append(heavy[0])
+            left += surplus[taken[-1]]
+        waiting.remove(taken[-1])
+    return taken
