@@ -170,6 +170,18 @@ def test_what_is_computed_is_what_was_planned(seed: int, kv_tokens: int) -> None
     )
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_prefixes_too_short_for_a_node_are_copied(seed: int) -> None:
+    """The plan counts them once although each sequence keeps its own copy."""
+    prompts = random_prompts(np.random.default_rng(200 + seed))
+    params = SamplingParams(max_tokens=MAX_TOKENS)
+    outcome = run(llama()[1], prompts, params, min_shared_tokens=100, estimator=Constant(MAX_TOKENS))
+    assert outcome.plan.stats.shared_nodes == 0
+    assert outcome.plan.node_copied.sum() > 0
+    assert outcome.stats.prompt_tokens_computed == outcome.plan.stats.planned_tokens
+    assert [list(result.tokens) for result in outcome.results] == [alone(tuple(p)) for p in prompts]
+
+
 def test_what_cannot_fit_alone_is_an_error_and_the_others_go_on() -> None:
     random = np.random.default_rng(4)
     system = random_text(random, 20)
