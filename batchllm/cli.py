@@ -41,15 +41,18 @@ def cli() -> None:
     """Offline batch inference for LLMs: every prompt is known before the first token is computed."""
 
 
-@cli.command()
-@click.argument("job", type=click.Path())
-@click.option(
+_set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
     help="Override a value of the job file, for example engine.kv_memory=1GiB. Can be given many times.",
 )
+
+
+@cli.command()
+@click.argument("job", type=click.Path())
+@_set_option
 @click.option("--overwrite", is_flag=True, help="Replace the results of another job in the output folder.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Answer only the first N rows.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -71,6 +74,42 @@ def run(job: str, overrides: Sequence[str], overwrite: bool, limit: int | None, 
     if summary.exit_code == EXIT_INTERRUPTED:
         click.echo(_INTERRUPTED, err=True)
     return summary.exit_code
+
+
+@cli.command()
+@click.argument("job", type=click.Path())
+@_set_option
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option(
+    "--hardware",
+    multiple=True,
+    metavar="NAMES",
+    help="Predict for these too: h100, h200, a100, l40s, mi300x.",
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, help="Devices that share the work.")
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Plan only the first N rows.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def plan(
+    job: str,
+    overrides: Sequence[str],
+    as_json: bool,
+    hardware: Sequence[str],
+    workers: int,
+    limit: int | None,
+    quiet: bool,
+) -> int:
+    """Show what running JOB would share, compute and cost. Loads no weights and writes nothing."""
+    from batchllm.job import load_job
+
+    limits = [] if limit is None else [f"input.limit={limit}"]
+    spec = load_job(job, [*overrides, *limits])
+
+    from batchllm.dry_run import explain_job
+    from batchllm.report.explain import plan_json, plan_text
+
+    report = explain_job(spec, hardware, workers, quiet=quiet)
+    click.echo(plan_json(report) if as_json else plan_text(report))
+    return EXIT_OK
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

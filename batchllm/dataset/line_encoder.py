@@ -37,6 +37,8 @@ class LineEncoder:
     def __init__(self, backend: Any, before: Sequence[int], after: Sequence[int]) -> None:
         self._backend = backend
         self._before, self._after = list(before), list(after)  # special tokens around a text
+        added = backend.get_added_tokens_decoder().values()
+        self._swallowing = tuple(token.content for token in added if token.rstrip)
         self._break: list[int] = backend.encode("\n", add_special_tokens=False).ids
         self._first: dict[str, list[int]] = {}  # a line at the beginning of a text → its tokens
         self._later: dict[str, list[int]] = {}
@@ -44,7 +46,7 @@ class LineEncoder:
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text. Raises what the tokenizer raises."""
-        lines = [_CUT.split(text) for text in texts]
+        lines = [self._lines(text) for text in texts]
         if self._characters > _CACHED_CHARACTERS:
             self._first, self._later, self._characters = {}, {}, 0
         self._learn(self._first, "", (parts[0] for parts in lines))
@@ -55,6 +57,19 @@ class LineEncoder:
             [*before, *first[parts[0]], *chain.from_iterable([later[line] for line in parts[1:]]), *after]
             for parts in lines
         ]
+
+    def _lines(self, text: str) -> list[str]:
+        """A line break that a special token swallows does not end a line."""
+        parts = _CUT.split(text)
+        if not self._swallowing:
+            return parts
+        lines = parts[:1]
+        for part in parts[1:]:
+            if lines[-1].rstrip().endswith(self._swallowing):
+                lines[-1] += part
+            else:
+                lines.append(part)
+        return lines
 
     def _learn(self, known: dict[str, list[int]], lead: str, lines: Iterable[str]) -> None:
         """Tokenises the lines that are new. `lead` stands before each and is taken off again."""
@@ -87,21 +102,40 @@ def _lines_are_apart(backend: Any) -> bool:
     model = json.loads(backend.model.__getstate__()) if _is_bpe(backend) else {}
     if not model.get("byte_fallback") or model.get("dropout") or model.get("continuing_subword_prefix"):
         return False
-    if backend.truncation is not None or backend.padding is not None or backend.normalizer is not None:
-        return False
-    splits = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
-    if splits.get("type") != "Metaspace" or splits.get("split") or splits.get("prepend_scheme") != "first":
+    if backend.truncation is not None or backend.padding is not None or not _marks_spaces_only(backend):
         return False
     if any(brk in token and token != brk for token in model["vocab"] for brk in _BREAKS):
         return False
     added = backend.get_added_tokens_decoder().values()
     return all(
         not token.lstrip
+        and not token.normalized
         and not token.single_word
         and token.content.strip() == token.content
         and not any(brk in token.content for brk in _BREAKS)
         for token in added
     )
+
+
+def _marks_spaces_only(backend: Any) -> bool:
+    """Whether all that happens before the merges is that spaces become `▁` and one is put in front: of the text, or
+    of every stretch between special tokens."""
+    normalizer = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else None
+    splitter = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else None
+    if normalizer is None:
+        return splitter == {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        }
+    return splitter is None and normalizer == {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
 
 
 def _is_bpe(backend: Any) -> bool:

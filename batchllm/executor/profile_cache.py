@@ -8,17 +8,18 @@ import platform
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
 from batchllm.core import SamplingParams
-from batchllm.executor.calibrate import calibrate
-from batchllm.executor.model import ModelRunner
 from batchllm.planner.hardware import DeviceProfile, RateCurve
 from batchllm.user_cache import user_cache_folder
 from batchllm.versions import versions
+
+if TYPE_CHECKING:
+    from batchllm.executor.model import ModelRunner
 
 
 def calibrated_profile(
@@ -28,28 +29,35 @@ def calibrated_profile(
 
     Nothing that goes wrong with the cache matters: then the device is measured again next time.
     """
-    path = user_cache_folder() / "profiles" / f"{_key(model, fingerprint, params)}.json"
+    path = _path(fingerprint, str(model.dtype).removeprefix("torch."), params)
     profile = _read(path)
     if profile is not None or not may_measure:
         return profile
+    from batchllm.executor.calibrate import calibrate
+
     profile = calibrate(model, params)
     _write(path, profile)
     return profile
 
 
-def _key(model: ModelRunner, fingerprint: str, params: SamplingParams) -> str:
-    """Everything that can change a measurement, of what is known."""
+def stored_profile(fingerprint: str, dtype: str, params: SamplingParams) -> DeviceProfile | None:
+    """The same, without the model: None when it has not been measured yet."""
+    return _read(_path(fingerprint, dtype, params))
+
+
+def _path(fingerprint: str, dtype: str, params: SamplingParams) -> Path:
+    """Named after everything that can change a measurement, of what is known."""
     parts = {
         "model": fingerprint,
-        "dtype": str(model.dtype),
-        "fused": getattr(model, "fused", False),
+        "dtype": dtype,
         "threads": torch.get_num_threads(),
         "device": [platform.node(), platform.machine(), _cpu_name(), os.cpu_count()],
         "versions": versions(),
         "sampling": [params.greedy, params.top_p < 1, params.top_k > 0, params.min_p > 0, params.logprobs],
         "profile": [field.name for field in fields(DeviceProfile)],
     }
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    name = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    return user_cache_folder() / "profiles" / f"{name}.json"
 
 
 def _cpu_name() -> str:

@@ -59,6 +59,11 @@ class LengthEstimator:
                 total[mine] = seen.mean_clipped(most[mine])
         return np.maximum(np.rint(total), 1).astype(np.int64)
 
+    def quantile(self, params_index: int, share: float) -> int | None:
+        """The length that this share of the outputs seen with these parameters do not exceed; None: none seen."""
+        seen = self._seen.get(params_index)
+        return None if seen is None else seen.quantile(share)
+
 
 class _RecentLengths:
     """A ring of the last lengths, and sums over the sorted ring that are rebuilt when it has changed."""
@@ -96,6 +101,9 @@ class _RecentLengths:
             self._sum_from[0] - self._sum_from[within] + (count - within) * most
         ) / count
         return mean
+
+    def quantile(self, share: float) -> int:
+        return int(np.quantile(self._ring[: min(self._added, KEPT_LENGTHS)], share, method="higher"))
 
     def _rebuild(self) -> None:
         self._lengths = np.sort(self._ring[: min(self._added, KEPT_LENGTHS)])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from tiny_tokenizers import PythonTokenizer, byte_tokenizer, phi_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from batchllm.dataset.encode import tokenize
 from batchllm.dataset.line_encoder import line_encoder
 from batchllm.dataset.prompts import Prompt
 
+PHI = Path(__file__).parents[3] / "shared/data/tokenizers/phi-3-mini"
 ATOMS = [
     *("\n", "\n\n", " ", "  ", "\t", "\r\n", "\x0b", "\u2028", "\xa0", "\x85", "\x1c", "▁", "<0x0A>"),
     *("<|end|>", "<|user|>", "</s>", "<s>", "<|endoftext|>", "<stop>", "<|", "|>"),
@@ -20,20 +22,40 @@ ATOMS = [
 ]
 
 
-def sentence_tokenizer(extra: tuple[str, ...] = (), **options: object) -> PreTrainedTokenizerFast:
+def sentence_tokenizer(
+    extra: tuple[str, ...] = (), as_normalizer: bool = False, **options: object
+) -> PreTrainedTokenizerFast:
     """Of Llama 2's kind: merges over the whole text, bytes for what it does not know, `<s>` in front."""
     letters = ["▁", "a", "b", "ab", "▁a", "▁ab", "▁▁", *extra]
     vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *letters])}
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     merges = [("a", "b"), ("▁", "a"), ("▁", "ab"), ("▁", "▁")]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, **options))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.add_special_tokens(["<s>", "</s>", AddedToken("<stop>", rstrip=True, special=True)])
+    if as_normalizer:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens(
+        ["<s>", "</s>", AddedToken("<stop>", rstrip=True, normalized=False, special=True)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("make", [sentence_tokenizer, phi_tokenizer])
+def sentence_tokenizer_of_old() -> PreTrainedTokenizerFast:
+    return sentence_tokenizer(as_normalizer=True)
+
+
+def phi_tokenizer_from_its_file() -> PreTrainedTokenizerFast:
+    """As it is loaded beside a Phi-3 configuration; without one it is rebuilt as Llama's."""
+    phi_tokenizer()
+    return PreTrainedTokenizerFast(tokenizer_file=str(PHI / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    "make", [sentence_tokenizer, sentence_tokenizer_of_old, phi_tokenizer, phi_tokenizer_from_its_file]
+)
 def test_equal_to_the_tokenizer_on_whole_texts(make):
     tokenizer = make()
     encoder = line_encoder(tokenizer)
@@ -98,7 +120,12 @@ def test_other_tokenizers_are_left_alone(tokenizer):
 
 
 def test_special_tokens_that_reach_across_lines_rule_it_out():
-    for odd in (AddedToken("<x>", lstrip=True), AddedToken("<x\n>"), AddedToken("<x>", single_word=True)):
+    for odd in (
+        AddedToken("<x>", lstrip=True, normalized=False),
+        AddedToken("<x\n>", normalized=False),
+        AddedToken("<x>", single_word=True, normalized=False),
+        AddedToken("<x>", normalized=True),
+    ):
         tokenizer = sentence_tokenizer()
         tokenizer.backend_tokenizer.add_tokens([odd])
         assert line_encoder(tokenizer) is None

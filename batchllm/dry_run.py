@@ -1,0 +1,183 @@
+"""`batchllm plan`: everything a run does before the model is loaded, and what that foretells. Writes nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from batchllm.advice import Situation, advice
+from batchllm.core import Plan, PromptTable, RequestTable
+from batchllm.dataset.keys import make_requests
+from batchllm.dataset.load import load_rows, validate_columns
+from batchllm.dataset.reader import open_input
+from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.executor.gate import check_lengths
+from batchllm.executor.model_config import load_config
+from batchllm.executor.model_folder import check_model_folder, fingerprint
+from batchllm.forecast import forecast, simulate_plan
+from batchllm.history import seeded_estimator
+from batchllm.job import JobSpec
+from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
+from batchllm.planner.explain import DeviceReport, PlanReport, biggest_prefixes, level_reports
+from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, ready_profile
+from batchllm.planner.lengths import LengthEstimator
+from batchllm.planner.model_shape import ModelShape, model_shape
+from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.planner.simulate import SimulationOptions
+from batchllm.report.progress import Progress
+from batchllm.report.stopwatch import Stopwatch
+
+_CPU_STEP_TOKENS, _GPU_STEP_TOKENS = 2048, 8192
+_CPU_KV_SHARE = 0.5  # of the memory left beside the weights, as a run takes it
+_SHOWN_TOKENS = 40  # of a prefix; more than fit on a line
+_SHARED_TOKENS = 32
+
+
+def explain_job(
+    job: JobSpec, hardware: Sequence[str] = (), workers: int = 1, *, quiet: bool = False
+) -> PlanReport:
+    """Plans all rows of the job as if none had been answered. Raises UserError.
+
+    `hardware`: names of ready profiles to forecast for beside this machine.
+    """
+    progress, watch = Progress(quiet=quiet), Stopwatch()
+    with watch.time("open"):
+        check_model_folder(job.model.path, job.model.trust_remote_code, need_weights=False)
+        config, limit = load_config(job.model.path, job.model.trust_remote_code)
+        tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
+        data = open_input(job.input, job.source)
+        validate_columns(job, data.schema)
+    text_config, dtype = config.get_text_config(), _dtype(job, config)
+    shape = model_shape(text_config)
+    named = [ready_profile(name, dtype) for name in _names(hardware)]
+    with tempfile.TemporaryDirectory(prefix="batchllm-plan-") as work_dir:
+        with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
+            rows = load_rows(job, data, tokenizer, Path(work_dir), stage)
+        prompts = refuse_long_prompts(rows.prompts, shape.max_length)
+        prompts = refuse_unknown_tokens(prompts, shape.vocabulary)
+        check_lengths(limit, longest_sequence(prompts), config.model_type)
+        lengths = seeded_estimator(job.plan.history, prompts.params, job.source)
+        with watch.time("plan"):
+            requests = make_requests(prompts, None, b"")
+            plan = _plan(job, prompts, requests, lengths)
+        with watch.time("forecast"):
+            profiles = [_this_machine(job, dtype, prompts), *named]
+            devices = tuple(
+                _device(job, profile, workers, plan, prompts, lengths, shape, dtype) for profile in profiles
+            )
+        with watch.time("explain"):
+            case = Situation(job, tokenizer, prompts, plan, lengths, shape.max_length, devices)
+            report = _report(case, shape, requests)
+    return replace(report, seconds=watch.seconds())
+
+
+def _dtype(job: JobSpec, config: Any) -> str:
+    """The name of what weights are loaded as."""
+    if job.model.dtype != "auto":
+        return job.model.dtype
+    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return name if name in BYTES_PER_VALUE else "float32"
+
+
+def _names(hardware: Sequence[str]) -> list[str]:
+    return [name for given in hardware for name in given.split(",") if name.strip()]
+
+
+def _this_machine(job: JobSpec, dtype: str, prompts: PromptTable) -> DeviceProfile:
+    """As measured in an earlier run of this model, else in general."""
+    import torch
+
+    from batchllm.executor.profile_cache import stored_profile
+
+    measured = stored_profile(fingerprint(job.model.path), dtype, prompts.params[0])
+    return measured or ready_profile("cpu", dtype, torch.get_num_threads())
+
+
+def _plan(job: JobSpec, prompts: PromptTable, requests: RequestTable, lengths: LengthEstimator) -> Plan:
+    shortest = job.engine.min_shared_tokens
+    options = PlanOptions(
+        min_shared_tokens=shortest if isinstance(shortest, int) else _SHARED_TOKENS,
+        order=job.engine.order,
+        decode_estimate=lengths.mean_total,
+    )
+    return build_plan(prompts, requests, np.ones(len(requests), dtype=bool), options)
+
+
+def _device(
+    job: JobSpec,
+    profile: DeviceProfile,
+    workers: int,
+    plan: Plan,
+    prompts: PromptTable,
+    lengths: LengthEstimator,
+    shape: ModelShape,
+    dtype: str,
+) -> DeviceReport:
+    size = BYTES_PER_VALUE[dtype]
+    weights, budget = shape.weight_bytes(size), _kv_bytes(job, profile, shape.weight_bytes(size))
+    report = DeviceReport(profile.name, workers, 0.0, 0, weights, budget, 0, 0, profile.calibrated)
+    kv_tokens = budget // shape.kv_bytes_per_token(size)
+    if kv_tokens < 1:
+        return replace(report, failed_sequences=plan.num_sequences)
+    step = job.engine.max_step_tokens
+    auto = _CPU_STEP_TOKENS if profile.memory_bytes is None else _GPU_STEP_TOKENS
+    options = SimulationOptions(kv_tokens, step if isinstance(step, int) else auto)
+    simulation, outputs = simulate_plan(plan, prompts, lengths, options)
+    found = forecast(simulation, outputs, plan.num_sequences, shape, profile, dtype)
+    return replace(
+        report,
+        seconds=found.seconds / workers,
+        steps=found.steps,
+        kv_peak_bytes=found.kv_peak_bytes,
+        failed_sequences=simulation.failed,
+    )
+
+
+def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:
+    """As the job says, else what a run would take."""
+    if isinstance(job.engine.kv_memory, int):
+        return job.engine.kv_memory
+    if profile.memory_bytes is not None:
+        return max(0, profile.memory_bytes - weight_bytes)
+    return max(0, int((psutil.virtual_memory().available - weight_bytes) * _CPU_KV_SHARE))
+
+
+def _report(case: Situation, shape: ModelShape, requests: RequestTable) -> PlanReport:
+    prompts, plan = case.prompts, case.plan
+    limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
+    outputs = int(case.lengths.mean_total(plan.sequence_params, limits).sum())
+    history = case.job.plan.history
+
+    def words(row: int, start: int, end: int) -> str:
+        first = int(prompts.offsets[row]) + start
+        tokens = prompts.tokens[first : first + min(end - start, _SHOWN_TOKENS)]
+        return " ".join(str(case.tokenizer.decode(tokens.tolist())).split())
+
+    return PlanReport(
+        job=case.job.source,
+        model=Path(case.job.model.path).name,
+        parameters=shape.parameters,
+        rows=prompts.num_rows,
+        faulty_rows=len(prompts.faults),
+        requests=plan.stats.requests,
+        sequences=plan.stats.sequences,
+        prompt_tokens=plan.stats.prompt_tokens,
+        longest_prompt=int(np.diff(prompts.offsets).max(initial=0)),
+        output_tokens=outputs,
+        output_source=f"from {history}" if history else "every answer as long as max_tokens",
+        computed_tokens=plan.stats.planned_tokens,
+        optimum_tokens=plan.stats.distinct_tokens,
+        single_level_tokens=None,
+        levels=level_reports(plan),
+        prefixes=biggest_prefixes(plan, words),
+        shared_prefixes=plan.stats.shared_nodes,
+        devices=case.devices,
+        warnings=advice(case),
+        seconds={},
+    )
