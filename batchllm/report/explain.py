@@ -51,7 +51,7 @@ def _head(report: PlanReport) -> Iterator[str]:
 
 def _warnings(report: PlanReport) -> Iterator[str]:
     for warning in report.warnings:
-        yield from textwrap.wrap(f"! {warning}", WIDTH, subsequent_indent="  ")
+        yield textwrap.fill(f"! {warning}", WIDTH, subsequent_indent="  ")
 
 
 def _devices(report: PlanReport) -> Iterator[str]:
@@ -115,7 +115,8 @@ def _prefix(prefix: PrefixReport) -> str:
 
 def _own_time(report: PlanReport) -> str:
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
-    return f"planned in {sum(report.seconds.values()):.1f} s: {stages}; nothing was written"
+    text = f"planned in {sum(report.seconds.values()):.1f} s: {stages}; nothing was written"
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
 
 
 def _line(label: str, text: str) -> str:
