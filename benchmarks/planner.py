@@ -1,0 +1,148 @@
+"""How long planning takes, and how much memory: synthetic jobs, generated on the fly into a memory-mapped token file.
+
+    python -m benchmarks.planner                        # 100k x 1000, 1M x 1000, 10M x 100; needs 4 GB of disk
+    python -m benchmarks.planner --cases 100000x1000 --out small.json
+
+Rows share on three levels, in random order: a root, a document per 1000 rows, a part of it per 20 rows, then an end of
+their own. Each case is a process of its own. Peak memory is what the kernel counts, the pages of the token file that
+were read included; `heap` is without those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import click
+import numpy as np
+
+from batchllm.core import PromptTable, RequestTable, SamplingParams
+from batchllm.planner.ordering import OrderName
+from batchllm.planner.plan import PlanOptions, arrange, draft_plan
+from batchllm.planner.plan_file import write_plan
+from batchllm.planner.savings import computed_tokens
+from batchllm.versions import versions
+
+_RESULTS = Path(__file__).parent / "results"
+_VOCABULARY = 32_000
+_CHUNK_TOKENS = 1 << 24
+
+
+def generate(path: Path, rows: int, length: int) -> None:
+    """`rows * length` int32."""
+    random = np.random.default_rng(1)
+    cuts = [length // 5, length // 2 + length // 5, length - length // 10]
+    documents, parts = max(1, rows // 1000), max(1, rows // 20)
+    root = random.integers(0, _VOCABULARY, cuts[0], dtype=np.int32)
+    document = random.integers(0, _VOCABULARY, (documents, cuts[1] - cuts[0]), dtype=np.int32)
+    part = random.integers(0, _VOCABULARY, (parts, cuts[2] - cuts[1]), dtype=np.int32)
+    step = max(1, _CHUNK_TOKENS // length)
+    with path.open("wb") as file:
+        for low in range(0, rows, step):
+            mine = random.integers(0, parts, min(step, rows - low))
+            chunk = np.empty((len(mine), length), dtype=np.int32)
+            chunk[:, : cuts[0]] = root
+            chunk[:, cuts[0] : cuts[1]] = document[mine % documents]
+            chunk[:, cuts[1] : cuts[2]] = part[mine]
+            own = (len(mine), length - cuts[2])
+            chunk[:, cuts[2] :] = random.integers(0, _VOCABULARY, own, dtype=np.int32)
+            file.write(chunk.data)
+
+
+def measure(path: Path, rows: int, length: int, order: OrderName) -> dict[str, object]:
+    """In this process: seconds by stage, peak memory, what is saved."""
+    tokens = np.memmap(path, np.int32, mode="r")
+    offsets = np.arange(rows + 1, dtype=np.int64) * length
+    same = np.zeros(rows, dtype=np.int32)
+    prompts = PromptTable(tokens, offsets, (SamplingParams(),), same, {})
+    requests = RequestTable(np.arange(rows), same, np.zeros((rows, 2), dtype=np.uint64))
+    np.bitwise_xor.reduce(tokens)  # in the page cache, as after tokenising
+    clock, cpu = time.perf_counter(), time.process_time()
+    draft = draft_plan(prompts, requests, np.ones(rows, dtype=bool), PlanOptions())
+    drafted = time.perf_counter()
+    plan = arrange(draft, order)
+    planned, planned_cpu = time.perf_counter(), time.process_time()
+    peak, heap = _peak(), _now("RssAnon")
+    write_plan(plan, path.with_name("plan.parquet"))
+    written = time.perf_counter()
+    savings = computed_tokens(draft)
+    return {
+        "rows": rows,
+        "tokens_per_row": length,
+        "seconds": round(planned - clock, 2),
+        "cpu_seconds": round(planned_cpu - cpu, 2),
+        "seconds_of_tree": round(drafted - clock, 2),
+        "seconds_of_order": round(planned - drafted, 2),
+        "seconds_of_writing": round(written - planned, 2),
+        "seconds_of_comparing_groupings": round(time.perf_counter() - written, 2),
+        "microseconds_per_row": round(1e6 * (planned - clock) / rows, 3),
+        "peak_gib": round(peak / 2**30, 3),
+        "heap_gib": round(heap / 2**30, 3),
+        "shared_nodes": plan.stats.shared_nodes,
+        "saved": {
+            name: round(savings.saved_share(getattr(savings, name)), 5)
+            for name in ("first_level", "published_rule", "best_single_level", "kept_nodes", "optimum")
+        },
+    }
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _now(kind: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@click.command()
+@click.option("--cases", default="100000x1000,1000000x1000,10000000x100", help="ROWSxTOKENS, comma-separated")
+@click.option("--order", default="decode_ratio")
+@click.option("--scratch", type=click.Path(path_type=Path), default=None, help="folder for the token file")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="default: results/DATE-planner.json"
+)
+@click.option("--measure-file", type=click.Path(path_type=Path), default=None, hidden=True)
+def main(
+    cases: str, order: OrderName, scratch: Path | None, out: Path | None, measure_file: Path | None
+) -> None:
+    """Plans every case once."""
+    if measure_file is not None:
+        rows, length = map(int, cases.split("x"))
+        click.echo(json.dumps(measure(measure_file, rows, length, order)))
+        return
+    found = []
+    for case in cases.split(","):
+        rows, length = map(int, case.split("x"))
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            path = Path(folder) / "tokens"
+            generate(path, rows, length)
+            command = [sys.executable, "-m", "benchmarks.planner", "--cases", case, "--order", order]
+            done = subprocess.run([*command, "--measure-file", str(path)], capture_output=True, text=True)
+        if done.returncode:
+            raise click.ClickException(done.stderr[-2000:])
+        found.append(json.loads(done.stdout))
+        click.echo(json.dumps(found[-1], indent=2))
+    report = {
+        "date": date.today().isoformat(),
+        "cpus": os.cpu_count(),
+        "versions": dict(versions()),
+        "cases": found,
+    }
+    target = out or _RESULTS / f"{report['date']}-planner.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(report, indent=2) + "\n")
+    click.echo(f"written to {target}")
+
+
+if __name__ == "__main__":
+    main()
