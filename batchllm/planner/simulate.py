@@ -51,7 +51,10 @@ class Simulation:
 
 
 def simulate(plan: Plan, output_tokens: IntArray, options: SimulationOptions) -> Simulation:
-    """`output_tokens`: expected length of each sequence's output; 0 counts as 1, for a sequence samples one token."""
+    """`output_tokens`: expected length of each sequence's output; 0 counts as 1, for a sequence samples one token.
+
+    A sequence whose prompt fits in memory but not with all of its output is simulated as if it did.
+    """
     replay = _Replay(plan, np.maximum(output_tokens, 1), options)
     for sequence in range(plan.num_sequences):
         replay.start(sequence)

@@ -165,7 +165,7 @@ def _loads(levels: NDArray[np.float64], events: NDArray[np.float64]) -> StepLoad
     """
     runs = levels[Level.RUNNING] > 0
     levels, events = levels[:, runs], events[:, runs]
-    kind = levels[[Level.DECODING, Level.SHARED_READS, Level.SHARED_READ]]
+    kind = levels[[Level.DECODING, Level.SHARED_PAIRS, Level.SHARED_READS, Level.SHARED_READ]]
     first = np.arange(levels.shape[1]) == 0
     first[1:] |= (kind[:, 1:] != kind[:, :-1]).any(axis=0)
     eventful = np.asarray(events.any(axis=0))
