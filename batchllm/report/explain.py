@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import PurePath
 
 from batchllm.planner.explain import DeviceReport, PlanReport, PrefixReport
 
@@ -34,7 +35,9 @@ def plan_json(report: PlanReport) -> str:
 
 
 def _head(report: PlanReport) -> Iterator[str]:
-    yield _line("job", f"{report.job}, model {report.model} ({_short(report.parameters)} parameters)")
+    yield _line(
+        "job", f"{PurePath(report.job).name}, model {report.model} ({_short(report.parameters)} parameters)"
+    )
     rows = f"{report.rows:,}"
     if report.faulty_rows:
         rows += f", {report.faulty_rows:,} of them without a prompt"
@@ -147,4 +150,6 @@ def size(count: float) -> str:
 
 def _short(count: int) -> str:
     """`3.8 billion`, `168 million`."""
-    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} billion"
+    return f"{count / 1e6:.0f} million" if count >= 1e6 else f"{count:,}"
