@@ -17,6 +17,7 @@ from batchllm.planner.simulate import Simulation, SimulationOptions, simulate
 # In the order of preference where the prediction is the same.
 POLICIES: tuple[OrderName, ...] = ("decode_ratio", "dual_scan", "longest_first", "tree", "input")
 MOST_SIMULATED = 50_000  # sequences; of a larger job a part is simulated
+_MOST_PATHS = 5_000_000  # nodes on the paths to all sequences simulated, at most
 
 Cost = Callable[[StepLoads], FloatArray]  # [entries] seconds of one step of each entry
 
@@ -84,6 +85,7 @@ def _sample(draft: PlanDraft, most: int) -> np.ndarray[tuple[int], np.dtype[np.b
     """[requests of the RequestTable] those that name a sequence to simulate."""
     first = draft.sequences.first_request
     sampled = np.zeros(len(draft.requests), dtype=np.bool_)
+    most = max(1, min(most, _MOST_PATHS // max(1, draft.kept.depth)))
     sampled[first] = True if len(first) <= most else spread_blocks(len(first), most)
     return sampled
 

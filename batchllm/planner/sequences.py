@@ -53,6 +53,10 @@ def distinct_prompts(prompts: PromptTable, rows: IntArray) -> Prompts:
     row = np.flatnonzero(used)
     start = prompts.offsets[row]
     length = prompts.offsets[row + 1] - start
+    outside = (start < 0) | (length < 0) | (start + length > len(prompts.tokens))
+    if outside.any():
+        damaged = int(row[outside.argmax()])
+        raise ValueError(f"the token store is damaged: it does not hold the tokens of row {damaged}")
     if len(row) and not length.all():
         raise ValueError(f"row {row[length.argmin()]} has neither a prompt nor a fault")
     order, lcp = sort_prompts(prompts.tokens, start, length)

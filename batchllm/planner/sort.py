@@ -7,7 +7,8 @@ according to its first different token; all rows with the same `agreed` and the 
 go on from there. Groups of one row, and groups of identical rows, drop out. The order of a finished round
 is never touched again.
 
-Tokens are compared with tokens, so there is no hash that could collide. Work: every row is read up to a
+Tokens are compared with tokens: there are no hashes, so none can collide, and no two prompts can be taken for the same
+that are not. Work: every row is read up to a
 block past the point where it becomes unique, plus one block for each of the O(log rows) splits it takes
 part in.
 """
@@ -114,6 +115,8 @@ def gather_blocks(tokens: TokenArray, start: IntArray, remaining: IntArray, bloc
     span = np.arange(block)
     if len(clipped):
         blocks[clipped] = tokens[np.minimum(start[clipped, None] + span, len(tokens) - 1)]
+    if blocks.size and blocks.min() < 0:
+        raise ValueError("the token store is damaged: it holds a negative token")
     short = np.flatnonzero(remaining < block)
     if len(short):
         blocks[short] = np.where(span < remaining[short, None], blocks[short], END)
