@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchllm.executor.attention_math import attend_block, merge_into
-from batchllm.executor.attention_plan import BlockRead, PaddedGroup, Run, StepReads, plan_reads
+from batchllm.executor.attention_plan import BlockLevel, BlockRead, PaddedGroup, Run, StepReads, plan_reads
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.step import StepBatch
 
@@ -57,8 +57,8 @@ class CpuStepAttention:
             job.own_padded(group)
         for chunk in reads.causal:
             job.own_causal(chunk)
-        for block in reads.blocks:
-            job.merge_block(block)
+        for level in reads.levels:
+            job.merge_level(level)
         if sinks is not None:
             # A sink is one more key with no value: it only takes its share of the softmax.
             job.output *= torch.sigmoid(job.lse - sinks.float()).unsqueeze(-1)
@@ -145,18 +145,28 @@ class _LayerJob:
         self.output[rows] = output[0].transpose(0, 1)
         self.lse[rows] = lse[0].transpose(0, 1)
 
-    def merge_block(self, block: BlockRead) -> None:
-        """Tokens over a stretch that lies wholly before them: query heads packed into rows, no causal mask."""
-        count = len(block.rows)
-        packed = self.query.index_select(1, block.rows).reshape(
-            1, self.kv_heads, self.group * count, self.dim
+    def merge_level(self, level: BlockLevel) -> None:
+        """Tokens over stretches that lie wholly before them: query heads packed into rows, no causal mask."""
+        count = len(level.rows)
+        grouped = self.query.reshape(self.kv_heads, self.group, -1, self.dim).transpose(1, 2)
+        packed = grouped.index_select(1, level.rows).view(1, self.kv_heads, count * self.group, self.dim)
+        outputs, lses, first = [], [], 0
+        for block in level.blocks:
+            rows = len(block.rows) * self.group
+            mask = None if block.mask is None else block.mask.repeat_interleave(self.group, dim=2)
+            output, lse = self._attend(packed[:, :, first : first + rows], block, causal=False, mask=mask)
+            outputs.append(output)
+            lses.append(lse)
+            first += rows
+        part = _joined(outputs).view(self.kv_heads, count, self.group, self.dim).transpose(0, 1)
+        part_lse = _joined(lses).view(self.kv_heads, count, self.group).transpose(0, 1)
+        merge_into(
+            self.output,
+            self.lse,
+            part.reshape(count, self.heads, self.dim),
+            part_lse.reshape(count, self.heads),
+            level.rows,
         )
-        mask = (
-            None if block.mask is None else block.mask.repeat(1, 1, self.group, 1)
-        )  # rows are packed as [G, n]
-        output, lse = self._attend(packed, block, causal=False, mask=mask)
-        part = output.reshape(self.heads, count, self.dim).transpose(0, 1)
-        merge_into(self.output, self.lse, part, lse.reshape(self.heads, count).transpose(0, 1), block.rows)
 
     def _attend(
         self, query: Tensor, block: BlockRead, causal: bool, mask: Tensor | None = None
@@ -175,6 +185,11 @@ class _LayerJob:
     def _write(self, rows: Tensor, output: Tensor, lse: Tensor) -> None:
         self.output.index_copy_(0, rows, output.float())
         self.lse.index_copy_(0, rows, lse)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts [1, Hkv, rows, ...] one after another along the rows, contiguous."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _padded(states: Tensor, dim: int) -> Tensor:

@@ -59,11 +59,19 @@ class BlockRead:
 
 
 @dataclass(frozen=True)
+class BlockLevel:
+    """Blocks whose readers are all different, so that their results can be merged in one go."""
+
+    rows: Tensor  # [N] the rows of the blocks, one block after another
+    blocks: list[BlockRead]
+
+
+@dataclass(frozen=True)
 class StepReads:
     runs: list[Run]
     padded: list[PaddedGroup]
     causal: list[BlockRead]
-    blocks: list[BlockRead]
+    levels: list[BlockLevel]
 
 
 def plan_reads(
@@ -88,7 +96,7 @@ def plan_reads(
         ],
         padded=[_padded_group(group, window, dtype) for group in _similar(short)],
         causal=[_causal_read(chunk, window, dtype) for chunk in long],
-        blocks=[block for block in (*held, *shared) if block is not None],
+        levels=_levels([block for block in (*held, *shared) if block is not None]),
     )
 
 
@@ -208,6 +216,21 @@ def _block(
     hidden = np.arange(start + skipped, start + length) < first_seen[:, None]
     mask = _additive(torch.from_numpy(hidden), dtype)[None, None] if hidden.any() else None
     return BlockRead(torch.from_numpy(rows), offset + skipped, length - skipped, mask)
+
+
+def _levels(blocks: Sequence[BlockRead]) -> list[BlockLevel]:
+    """Each block goes to the first level after all earlier blocks that share a reader with it."""
+    last_row = max((int(block.rows.max()) for block in blocks), default=0)
+    level_of_row = np.zeros(last_row + 1, dtype=np.int64)
+    levels: list[list[BlockRead]] = []
+    for block in blocks:
+        rows = block.rows.numpy()
+        level = int(level_of_row[rows].max())
+        level_of_row[rows] = level + 1
+        if level == len(levels):
+            levels.append([])
+        levels[level].append(block)
+    return [BlockLevel(torch.cat([block.rows for block in level]), level) for level in levels]
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -43,11 +43,14 @@ def too_long(
     return pending & (lengths > kv_tokens), reason
 
 
+def step_tokens(max_step_tokens: int | str) -> int:
+    return max_step_tokens if isinstance(max_step_tokens, int) else AUTO_STEP_TOKENS
+
+
 def engine_options(
     plan: Plan, prompts: PromptTable, kv_tokens: int, max_step_tokens: int | str
 ) -> EngineOptions:
     """The pool is never larger than the whole job could fill."""
-    step = max_step_tokens if isinstance(max_step_tokens, int) else AUTO_STEP_TOKENS
     outputs = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
     needed = int((plan.node_end - plan.node_start).sum(dtype=np.int64) + (outputs + _LEAF_SLACK).sum())
-    return EngineOptions(kv_tokens=min(kv_tokens, needed), max_step_tokens=step)
+    return EngineOptions(kv_tokens=min(kv_tokens, needed), max_step_tokens=step_tokens(max_step_tokens))

@@ -142,7 +142,11 @@ def _fuse(*linears: nn.Linear) -> nn.Linear:
 
 def _norm(states: Tensor, norm: Any) -> Tensor:
     """RMSNorm over the last dimension, computed in float32 as transformers does."""
-    return F.rms_norm(states, (states.shape[-1],), norm.weight, norm.variance_epsilon)
+    # One kernel; on a CPU torch.nn.functional.rms_norm is a chain of them.
+    normed: Tensor = torch.ops.aten._fused_rms_norm(
+        states, [states.shape[-1]], norm.weight, norm.variance_epsilon
+    )[0]
+    return normed
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -65,20 +65,35 @@ class KvPool:
         self.peak = 0
         self._extents: list[Extent] = []  # by offset
 
-    def allocate(self, tokens: int) -> Extent | None:
-        """The first free stretch of `tokens` >= 1 slots; None when there is none (compact may then make one)."""
-        assert tokens > 0, "an empty extent has no place among the others"
-        previous_end = 0
-        for extent in self._extents:
-            if extent.offset - previous_end >= tokens:
-                break
-            previous_end = extent.end
-        if previous_end + tokens > self.capacity:
+    def allocate(self, tokens: int, high: bool = False) -> Extent | None:
+        """The first free stretch of `tokens` slots, from the low or the high end; None when there is none.
+
+        Leaves from one end and shared nodes from the other: leaves then lie side by side, and attention reads many
+        of them at once.
+        """
+        offset = self._last_fit(tokens) if high else self._first_fit(tokens)
+        if offset is None:
             return None
-        new = Extent(previous_end, tokens)
+        new = Extent(offset, tokens)
         insort(self._extents, new, key=lambda extent: extent.offset)
         self._count(tokens)
         return new
+
+    def _first_fit(self, tokens: int) -> int | None:
+        previous_end = 0
+        for extent in self._extents:
+            if extent.offset - previous_end >= tokens:
+                return previous_end
+            previous_end = extent.end
+        return previous_end if previous_end + tokens <= self.capacity else None
+
+    def _last_fit(self, tokens: int) -> int | None:
+        next_offset = self.capacity
+        for extent in reversed(self._extents):
+            if next_offset - extent.end >= tokens:
+                return next_offset - tokens
+            next_offset = extent.offset
+        return next_offset - tokens if next_offset >= tokens else None
 
     def free(self, extent: Extent) -> None:
         self._extents.remove(extent)

@@ -335,8 +335,8 @@ class Scheduler:
 
     def _try_allocate(self, sizes: list[int]) -> list[Extent] | None:
         extents: list[Extent] = []
-        for size in sizes:
-            extent = self.pool.allocate(size)
+        for index, size in enumerate(sizes):
+            extent = self.pool.allocate(size, high=index < len(sizes) - 1)  # the leaf is last
             if extent is None:
                 for done in extents:
                     self.pool.free(done)

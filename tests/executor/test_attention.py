@@ -103,7 +103,7 @@ def reads_of(reads: StepReads, tokens: int) -> list[Counter[int]]:
             )  # no mask: the kernel's own causal one
             slots = list(range(block.offset, block.offset + seen_to))
             add(row, slots, None if block.mask is None else block.mask[0, 0, index])
-    for block in reads.blocks:
+    for block in (block for level in reads.levels for block in level.blocks):
         for index, row in enumerate(block.rows.tolist()):
             slots = list(range(block.offset, block.offset + block.length))
             add(row, slots, None if block.mask is None else block.mask[0, 0, index])
@@ -136,4 +136,4 @@ def test_tokens_below_a_shared_node_read_it_in_one_call() -> None:
     world = make_world(np.random.default_rng(3), LayerKv(1, 4, 4), torch.float32, num_nodes=30)
     shared = {id(above) for node, _ in world.readers for above in node.ancestors}
     reads = plan_reads(world.batch.chunks, world.batch.shared_reads, None, torch.float32)
-    assert len(reads.blocks) == len(shared)
+    assert sum(len(level.blocks) for level in reads.levels) == len(shared)
