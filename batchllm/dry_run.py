@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 
 from batchllm.advice import Situation, advice
-from batchllm.core import Plan, PromptTable, RequestTable
+from batchllm.core import Plan, PromptTable
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
@@ -20,7 +20,7 @@ from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_config import load_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
-from batchllm.forecast import forecast, simulate_plan
+from batchllm.forecast import forecast, ordered_plan, simulate_plan, this_device
 from batchllm.history import seeded_estimator
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
@@ -28,7 +28,8 @@ from batchllm.planner.explain import DeviceReport, PlanReport, biggest_prefixes,
 from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, ready_profile
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.model_shape import ModelShape, model_shape
-from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.planner.plan import PlanOptions, draft_plan
+from batchllm.planner.savings import ComputedTokens, computed_tokens
 from batchllm.planner.simulate import SimulationOptions
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch
@@ -65,15 +66,20 @@ def explain_job(
         lengths = seeded_estimator(job.plan.history, prompts.params, job.source)
         with watch.time("plan"):
             requests = make_requests(prompts, None, b"")
-            plan = _plan(job, prompts, requests, lengths)
+            draft = draft_plan(
+                prompts, requests, np.ones(len(requests), dtype=bool), _plan_options(job, lengths)
+            )
         with watch.time("forecast"):
-            profiles = [_this_machine(job, dtype, prompts), *named]
+            here = this_device(fingerprint(job.model.path), dtype, prompts)
+            options = _memory(job, here, shape, dtype)
+            plan, reason = ordered_plan(draft, job.engine.order, shape, here, dtype, options)
             devices = tuple(
-                _device(job, profile, workers, plan, prompts, lengths, shape, dtype) for profile in profiles
+                _device(job, profile, workers, plan, prompts, lengths, shape, dtype)
+                for profile in (here, *named)
             )
         with watch.time("explain"):
             case = Situation(job, tokenizer, prompts, plan, lengths, shape.max_length, devices)
-            report = _report(case, shape, requests)
+            report = _report(case, shape, computed_tokens(draft), reason)
     return replace(report, seconds=watch.seconds())
 
 
@@ -89,24 +95,23 @@ def _names(hardware: Sequence[str]) -> list[str]:
     return [name for given in hardware for name in given.split(",") if name.strip()]
 
 
-def _this_machine(job: JobSpec, dtype: str, prompts: PromptTable) -> DeviceProfile:
-    """As measured in an earlier run of this model, else in general."""
-    import torch
-
-    from batchllm.executor.profile_cache import stored_profile
-
-    measured = stored_profile(fingerprint(job.model.path), dtype, prompts.params[0])
-    return measured or ready_profile("cpu", dtype, torch.get_num_threads())
-
-
-def _plan(job: JobSpec, prompts: PromptTable, requests: RequestTable, lengths: LengthEstimator) -> Plan:
+def _plan_options(job: JobSpec, lengths: LengthEstimator) -> PlanOptions:
     shortest = job.engine.min_shared_tokens
-    options = PlanOptions(
+    return PlanOptions(
         min_shared_tokens=shortest if isinstance(shortest, int) else _SHARED_TOKENS,
-        order=job.engine.order,
         decode_estimate=lengths.mean_total,
     )
-    return build_plan(prompts, requests, np.ones(len(requests), dtype=bool), options)
+
+
+def _memory(job: JobSpec, profile: DeviceProfile, shape: ModelShape, dtype: str) -> SimulationOptions:
+    """What the device leaves for KV, and the steps it takes."""
+    size = BYTES_PER_VALUE[dtype]
+    budget = _kv_bytes(job, profile, shape.weight_bytes(size))
+    step = job.engine.max_step_tokens
+    auto = _CPU_STEP_TOKENS if profile.memory_bytes is None else _GPU_STEP_TOKENS
+    return SimulationOptions(
+        budget // shape.kv_bytes_per_token(size), step if isinstance(step, int) else auto
+    )
 
 
 def _device(
@@ -120,14 +125,11 @@ def _device(
     dtype: str,
 ) -> DeviceReport:
     size = BYTES_PER_VALUE[dtype]
-    weights, budget = shape.weight_bytes(size), _kv_bytes(job, profile, shape.weight_bytes(size))
+    weights, options = shape.weight_bytes(size), _memory(job, profile, shape, dtype)
+    budget = options.kv_tokens * shape.kv_bytes_per_token(size)
     report = DeviceReport(profile.name, workers, 0.0, 0, weights, budget, 0, 0, profile.calibrated)
-    kv_tokens = budget // shape.kv_bytes_per_token(size)
-    if kv_tokens < 1:
+    if options.kv_tokens < 1:
         return replace(report, failed_sequences=plan.num_sequences)
-    step = job.engine.max_step_tokens
-    auto = _CPU_STEP_TOKENS if profile.memory_bytes is None else _GPU_STEP_TOKENS
-    options = SimulationOptions(kv_tokens, step if isinstance(step, int) else auto)
     simulation, outputs = simulate_plan(plan, prompts, lengths, options)
     found = forecast(simulation, outputs, plan.num_sequences, shape, profile, dtype)
     return replace(
@@ -148,7 +150,7 @@ def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:
     return max(0, int((psutil.virtual_memory().available - weight_bytes) * _CPU_KV_SHARE))
 
 
-def _report(case: Situation, shape: ModelShape, requests: RequestTable) -> PlanReport:
+def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_reason: str) -> PlanReport:
     prompts, plan = case.prompts, case.plan
     limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
     outputs = int(case.lengths.mean_total(plan.sequence_params, limits).sum())
@@ -173,7 +175,9 @@ def _report(case: Situation, shape: ModelShape, requests: RequestTable) -> PlanR
         output_source=f"from {history}" if history else "every answer as long as max_tokens",
         computed_tokens=plan.stats.planned_tokens,
         optimum_tokens=plan.stats.distinct_tokens,
-        single_level_tokens=None,
+        single_level_tokens=computed.best_single_level,
+        published_rule_tokens=computed.published_rule,
+        order_reason=order_reason,
         levels=level_reports(plan),
         prefixes=biggest_prefixes(plan, words),
         shared_prefixes=plan.stats.shared_nodes,

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from batchllm.core import Plan, PromptTable
+from batchllm.planner.choose import choose_order
 from batchllm.planner.cost import step_costs
 from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, cpu_profile
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.model_shape import ModelShape, model_shape
+from batchllm.planner.ordering import OrderName
+from batchllm.planner.plan import PlanDraft, arrange
 from batchllm.planner.simulate import Simulation, SimulationOptions, simulate
 
 if TYPE_CHECKING:
@@ -47,6 +50,24 @@ def simulate_plan(
     return simulate(plan, outputs, options), int(outputs.sum())
 
 
+def ordered_plan(
+    draft: PlanDraft,
+    order: OrderName,
+    shape: ModelShape,
+    profile: DeviceProfile,
+    dtype: str,
+    options: SimulationOptions,
+) -> tuple[Plan, str]:
+    """The plan in this order, for `auto` in the one that is predicted to end first; and a sentence that says why."""
+    if order != "auto":
+        return arrange(draft, order), f"{order}: as engine.order says."
+    if len(draft.sequences) == 0:
+        return arrange(draft, "tree"), "tree: there is nothing to put in order."
+    size = BYTES_PER_VALUE[dtype]
+    choice = choose_order(draft, lambda loads: step_costs(shape, profile, loads, size).seconds, options)
+    return choice.plan, choice.reason
+
+
 def forecast(
     simulation: Simulation,
     output_tokens: int,
@@ -67,6 +88,25 @@ def forecast(
         mean_output_tokens=output_tokens / max(1, sequences),
         calibrated=profile.calibrated,
     )
+
+
+def plan_for_model(
+    model: ModelRunner, fingerprint: str, draft: PlanDraft, order: OrderName, options: SimulationOptions
+) -> tuple[Plan, str]:
+    """`ordered_plan` for the model in memory. Nothing is measured for it: orders are compared with each other only."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    profile = this_device(fingerprint, dtype, draft.prompts)
+    return ordered_plan(draft, order, model_shape(model.text_config), profile, dtype, options)
+
+
+def this_device(fingerprint: str, dtype: str, prompts: PromptTable) -> DeviceProfile:
+    """As measured in an earlier run of this model, else in general."""
+    import torch
+
+    from batchllm.executor.profile_cache import stored_profile
+
+    stored = stored_profile(fingerprint, dtype, prompts.params[0])
+    return stored or cpu_profile(dtype, torch.get_num_threads())
 
 
 def forecast_run(
@@ -90,7 +130,6 @@ def forecast_run(
         return forecast(simulation, outputs, plan.num_sequences, shape, profile, dtype)
 
     rough = with_profile(cpu_profile(dtype, torch.get_num_threads()))
-    params = prompts.params[int(np.bincount(plan.sequence_params).argmax())]
     worth_it = rough.seconds >= MEASURED_FROM_SECONDS
-    profile = calibrated_profile(model, fingerprint, params, may_measure=worth_it)
+    profile = calibrated_profile(model, fingerprint, prompts.params[0], may_measure=worth_it)
     return with_profile(profile) if profile else rough

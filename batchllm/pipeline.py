@@ -20,12 +20,13 @@ from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import check_model_folder, fingerprint
-from batchllm.forecast import Forecast, forecast_run
+from batchllm.forecast import Forecast, forecast_run, plan_for_model
 from batchllm.history import seeded_estimator
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
 from batchllm.planner.lengths import LengthEstimator
-from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.planner.plan import PlanOptions, draft_plan
+from batchllm.planner.simulate import SimulationOptions
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
@@ -159,15 +160,18 @@ def _answer_all(run: _Run) -> None:
     store.add(faults_of(~store.done, prompts, requests))
     if store.done.all():
         return
-    from batchllm.executor.budget import too_long
+    from batchllm.executor.budget import step_tokens, too_long
 
     model, kv_tokens = run.model or _load_model(job, run.watch)
     hopeless, reason = too_long(prompts, requests, ~store.done, kv_tokens)
     store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"), run.progress.stage("planning", int((~store.done).sum())) as stage:
-        plan = build_plan(prompts, requests, ~store.done, _plan_options(job, run.lengths))
+        draft = draft_plan(prompts, requests, ~store.done, _plan_options(job, run.lengths))
+        memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens))
+        plan, reason = plan_for_model(model, fingerprint(job.model.path), draft, job.engine.order, memory)
         stage.advance(plan.stats.requests, plan.stats.prompt_tokens)
     run.plan = plan.stats
+    run.progress.note(f"order: {reason}")
     if plan.num_sequences:
         _execute(run, model, plan, kv_tokens)
 
@@ -234,7 +238,6 @@ def _plan_options(job: JobSpec, lengths: LengthEstimator) -> PlanOptions:
     shortest = job.engine.min_shared_tokens
     return PlanOptions(
         min_shared_tokens=shortest if isinstance(shortest, int) else _AUTO_SHARED_TOKENS,
-        order=job.engine.order,
         decode_estimate=lengths.mean_total,
     )
 

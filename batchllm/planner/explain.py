@@ -65,7 +65,9 @@ class PlanReport:
     output_source: str  # what that is based on
     computed_tokens: int  # by this plan
     optimum_tokens: int  # every distinct token once: the least possible
-    single_level_tokens: int | None  # with one shared prefix a row at most; None: not known
+    single_level_tokens: int  # with one shared prefix a row at most, the best there are
+    published_rule_tokens: int  # the same, prefixes found by BatchLLM's published rule
+    order_reason: str  # the order in which sequences start, and why
     levels: tuple[LevelReport, ...]
     prefixes: tuple[PrefixReport, ...]  # those that save most, the most first
     shared_prefixes: int

@@ -69,6 +69,7 @@ def _devices(report: PlanReport) -> Iterator[str]:
         time = ("" if device.calibrated else "~") + duration(device.seconds)
         peak, budget = size(device.kv_peak_bytes), size(device.kv_budget_bytes)
         yield f"{name[:30]:<31}{time:>11}{device.steps:>9,}{peak:>11}{budget:>11}"
+    yield _line("order", report.order_reason)
 
 
 def _lack(device: DeviceReport) -> str:
@@ -79,10 +80,13 @@ def _lack(device: DeviceReport) -> str:
 
 def _sharing(report: PlanReport) -> Iterator[str]:
     yield f"{'tokens to compute':<31}{'tokens':>15}{'saved':>9}"
-    rows = [("without sharing", report.prompt_tokens)]
-    if report.single_level_tokens is not None:
-        rows.append(("one shared prefix a row", report.single_level_tokens))
-    rows += [("this plan", report.computed_tokens), ("optimum: distinct tokens", report.optimum_tokens)]
+    rows = [
+        ("without sharing", report.prompt_tokens),
+        ("one prefix a row, published", report.published_rule_tokens),
+        ("one prefix a row, at best", report.single_level_tokens),
+        ("this plan", report.computed_tokens),
+        ("optimum: distinct tokens", report.optimum_tokens),
+    ]
     for name, tokens in rows:
         saved = 1 - tokens / report.prompt_tokens if report.prompt_tokens else 0.0
         yield f"{name:<31}{tokens:>15,}{saved:>9.1%}"
