@@ -21,6 +21,7 @@ from batchllm.job_values import (
     MinP,
     OneWorker,
     PathText,
+    Reorder,
     Seconds,
     Seed,
     StopStrings,
@@ -90,6 +91,7 @@ class PromptSpec(Section):
     messages: Annotated[tuple[MessageSpec, ...], Field(min_length=1)] | None = None
     column: Text | None = None
     template_args: dict[str, Any] = {}
+    reorder: Reorder | None = None  # a list column, or columns: what may stand in any order
 
     @model_validator(mode="after")
     def _exactly_one(self) -> PromptSpec:
@@ -97,6 +99,8 @@ class PromptSpec(Section):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"must have exactly one of text, messages and column, found {found}")
+        if self.reorder is not None and self.column is not None:
+            raise ValueError("has reorder, which needs a template: give text or messages instead of column")
         if self.template_args and self.text is not None:
             raise ValueError("has template_args, which are for messages or column and do nothing for text")
         return self

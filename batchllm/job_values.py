@@ -73,6 +73,21 @@ def _kept_columns(value: object) -> object:
     return tuple(dict.fromkeys(value))
 
 
+def _reorder(value: object) -> object:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value):
+        if len(value) < 2:
+            raise ValueError(
+                "must name one list column, as in passages, or several columns, as in [title, text]"
+            )
+        twice = next((name for number, name in enumerate(value) if name in value[:number]), None)
+        if twice is not None:
+            raise ValueError(f"names the column `{twice}` twice")
+        return tuple(value)
+    raise ValueError(f"must be the name of a list column or a list of columns, found {describe(value)}")
+
+
 Text = Annotated[str, Field(strict=True, min_length=1)]
 PathText = Annotated[str, BeforeValidator(_path_text), Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -85,6 +100,7 @@ Seed = Annotated[int, Field(strict=True, ge=0, le=_MAX_INT64)]
 StopStrings = Annotated[tuple[str, ...], BeforeValidator(_stop_strings)]
 StopTokens = tuple[CountOrNone, ...]
 KeptColumns = Annotated[tuple[str, ...] | Literal["all"], BeforeValidator(_kept_columns)]
+Reorder = Annotated[str | tuple[str, ...], BeforeValidator(_reorder)]
 Bytes = Annotated[int | Literal["auto"], BeforeValidator(_bytes_or_auto)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 OneWorker = Annotated[int, BeforeValidator(_only_one_worker)]

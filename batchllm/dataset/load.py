@@ -21,11 +21,13 @@ from batchllm.dataset.encode import Tokenized, tokenize
 from batchllm.dataset.params import RowParams
 from batchllm.dataset.prompts import Prompt, PromptPlan, PromptRenderer
 from batchllm.dataset.reader import InputData
+from batchllm.dataset.reorder import choose_orders
 from batchllm.dataset.rows import RowBatch, RowFault
 from batchllm.dataset.tokens import TokenStoreWriter, open_tokens
 from batchllm.dataset.values import with_valid_text
 from batchllm.errors import JobError
 from batchllm.job import JobSpec
+from batchllm.planner.field_order import FieldOrder
 from batchllm.suggest import column_hint
 
 
@@ -42,6 +44,7 @@ class LoadedRows:
     prompts: PromptTable
     kept: pa.Table  # [rows] the id column, if the job names one, and the kept columns; memory-mapped
     ids: pa.ChunkedArray | None  # [rows] the id column
+    reordering_saves: int  # prompt tokens, about: what `prompt.reorder` adds to those that rows share
     read_seconds: float  # reading, rendering and writing
     tokenize_seconds: float
 
@@ -79,7 +82,7 @@ def load_rows(
     """
     validate_columns(job, input_data.schema)
     started = time.perf_counter()
-    loader = _Loader(job, input_data.schema, tokenizer)
+    loader = _Loader(job, input_data, tokenizer)
     tokens_path, kept_path = work_dir / "prompts.tokens", work_dir / "kept.arrow"
     with (
         TokenStoreWriter(tokens_path) as store,
@@ -95,13 +98,18 @@ def load_rows(
     kept = pa.ipc.open_file(pa.memory_map(str(kept_path))).read_all()
     seconds = time.perf_counter() - started - loader.tokenize_seconds
     ids = None if job.input.id is None else kept.column(job.input.id)
-    return LoadedRows(loader.prompt_table(tokens_path), kept, ids, seconds, loader.tokenize_seconds)
+    prompts = loader.prompt_table(tokens_path)
+    saves = loader.reordering_saves(len(prompts.tokens))
+    return LoadedRows(prompts, kept, ids, saves, seconds, loader.tokenize_seconds)
 
 
 class _Loader:
     """What is gathered row by row."""
 
-    def __init__(self, job: JobSpec, schema: pa.Schema, tokenizer: Any) -> None:
+    def __init__(self, job: JobSpec, input_data: InputData, tokenizer: Any) -> None:
+        schema = input_data.schema
+        self._order: FieldOrder | None = None
+        self._characters = 0
         self._tokenizer = tokenizer
         self._id = job.input.id
         self._params = RowParams(job.generate)
@@ -117,10 +125,13 @@ class _Loader:
         self.kept_schema = pa.schema([schema.field(name).with_nullable(True) for name in kept])
         used = {*kept, *self._renderer.columns, *self._params.columns}
         self.columns = [name for name in schema.names if name in used]
+        if self._renderer.free is not None:
+            self._order = choose_orders(self._renderer.free, input_data)
 
     def load(self, batch: RowBatch) -> Tokenized:
         """Token ids of each row of the batch, empty for the rows that turn out to be faulty."""
-        prompts = self._renderer.render(batch.data)
+        first = len(self._params_of)
+        prompts = self._renderer.render(batch.data, self._order, first)
         params = self._params.of(batch.data)
         ids = batch.data.column(self._id) if self._id is not None else None
         for row in range(batch.num_rows):
@@ -131,7 +142,7 @@ class _Loader:
         started = time.perf_counter()
         tokenized = tokenize(self._tokenizer, prompts)
         self.tokenize_seconds += time.perf_counter() - started
-        first = len(self._params_of)
+        self._characters += sum(len(prompt.text) for prompt in prompts if isinstance(prompt, Prompt))
         self._faults |= {first + row: fault.reason for row, fault in tokenized.faults.items()}
         self._params_of += [index if isinstance(index, int) else 0 for index in params]
         return tokenized
@@ -141,6 +152,12 @@ class _Loader:
             return data.select([])
         columns = [with_valid_text(data.column(name)) for name in self.kept_schema.names]
         return pa.record_batch(columns, schema=self.kept_schema)
+
+    def reordering_saves(self, tokens: int) -> int:
+        """The characters that the chosen order saves, as tokens of average length."""
+        if self._order is None or not self._characters:
+            return 0
+        return round(self._order.gain.gain * tokens / self._characters)
 
     def prompt_table(self, tokens_path: Path) -> PromptTable:
         tokens, offsets = open_tokens(tokens_path)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from batchllm.dataset.messages import clean_messages, parse_messages
+from batchllm.dataset.reorder import FreePart
 from batchllm.dataset.rows import RowFault
 from batchllm.dataset.templates import RowTemplate
 from batchllm.dataset.values import is_text, python_values
 from batchllm.errors import JobError, ModelError
 from batchllm.job import PromptSpec
+from batchllm.planner.field_order import FieldOrder
 from batchllm.suggest import column_hint
 
 Values = dict[str, object]
@@ -40,10 +42,23 @@ class PromptRenderer:
                 f"write the prompt with prompt.text, or give prompt.template_args.chat_template"
             )
         self.columns = self._plan.columns
+        self.free = self._plan.free
 
-    def render(self, batch: pa.RecordBatch) -> list[Prompt | RowFault]:
-        """One prompt or fault per row."""
-        return [self._prompt(values) for values in self._plan.row_values(batch)]
+    def render(
+        self, batch: pa.RecordBatch, order: FieldOrder | None = None, first_row: int = 0
+    ) -> list[Prompt | RowFault]:
+        """One prompt or fault per row. `order` is of all rows of the input; the batch begins at `first_row`."""
+        rows = enumerate(self._plan.row_values(batch), start=first_row)
+        if self.free is None:
+            return [self._prompt(values) for _, values in rows]
+        return [
+            self._prompt(self._arranged(values, order.of(row) if order else None)) for row, values in rows
+        ]
+
+    def _arranged(self, values: Values | RowFault, positions: list[int] | None) -> Values | RowFault:
+        if isinstance(values, RowFault) or self.free is None:
+            return values
+        return self.free.arranged(values, positions)
 
     def _prompt(self, values: Values | RowFault) -> Prompt | RowFault:
         content = values if isinstance(values, RowFault) else self._plan.content(values)
@@ -77,21 +92,30 @@ class PromptPlan:
         self._column = prompt.column
         self._roles: list[str] | None = None
         self._templates: list[RowTemplate] = []
+        self.free: FreePart | None = None
         self.is_chat = prompt.messages is not None
         if prompt.column is not None:
             self.is_chat = _is_conversation(prompt.column, schema, f"{source}: prompt.column")
             self.columns: tuple[str, ...] = (prompt.column,)
             self._nullable: frozenset[str] = frozenset()
             return
+        names: list[str] = schema.names
+        if prompt.reorder is not None:
+            self.free = FreePart(prompt.reorder, schema, f"{source}: prompt.reorder")
+            names = self.free.names(names)
         if prompt.messages is None:
-            self._templates = [RowTemplate(prompt.text or "", schema.names, f"{source}: prompt.text")]
+            self._templates = [RowTemplate(prompt.text or "", names, f"{source}: prompt.text")]
         else:
             self._roles = [message.role for message in prompt.messages]
             self._templates = [
-                RowTemplate(message.content, schema.names, f"{source}: prompt.messages[{number}].content")
+                RowTemplate(message.content, names, f"{source}: prompt.messages[{number}].content")
                 for number, message in enumerate(prompt.messages)
             ]
-        self.columns = tuple(sorted({name for template in self._templates for name in template.columns}))
+        used = {name for template in self._templates for name in template.columns}
+        if self.free is not None:
+            self.free.find_in(self._templates)
+            used = (used - {self.free.name}) | set(self.free.columns)
+        self.columns = tuple(sorted(used))
         self._nullable = _nullable(self._templates)
 
     def row_values(self, batch: pa.RecordBatch) -> Iterator[Values | RowFault]:

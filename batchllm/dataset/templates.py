@@ -45,6 +45,14 @@ class RowTemplate:
         if unknown is not None:
             raise JobError(f"{where} uses `{unknown}`, which is no column; {column_hint(unknown, columns)}")
         self.nullable = frozenset(_tested_for_none(tree))
+        self._tree = tree
+
+    def used_before(self, name: str) -> tuple[set[str], bool]:
+        """The columns that may decide what stands before the first place where `name` is shown, and whether
+        there is such a place. (Without one these are all columns.) In a loop over `name` that is all of it.
+        """
+        used, found = _used_before(self._tree.body, name)
+        return used & set(self.columns), found
 
     def render(self, values: Mapping[str, object]) -> str | RowFault:
         """The text for one row, given a value for each of `columns`."""
@@ -94,6 +102,36 @@ def _subscript(node: Any) -> str | None:
         return node.attr
     value = node.arg.value if isinstance(node.arg, nodes.Const) else None
     return value if isinstance(value, str) else None
+
+
+def _used_before(statements: Sequence[nodes.Node], name: str) -> tuple[set[str], bool]:
+    used: set[str] = set()
+    for statement in statements:
+        parts: list[nodes.Node] = [statement]
+        if isinstance(statement, nodes.Output):
+            parts = list(statement.nodes)
+        elif isinstance(statement, nodes.If):
+            used |= _names(statement.test)
+            parts = [*statement.body, *statement.elif_, *statement.else_]
+        if parts != [statement]:
+            inner, found = _used_before(parts, name)
+            used |= inner
+        else:
+            names = _names(statement)
+            found = name in names
+            used |= names - {name}
+        if found:
+            return used, True
+    return used, False
+
+
+def _names(tree: nodes.Node) -> set[str]:
+    """All names in a piece of a template, columns or not, itself included."""
+    found = {node.name for node in tree.find_all(nodes.Name)}
+    if isinstance(tree, nodes.Name):
+        found.add(tree.name)
+    pieces = (tree, *tree.find_all((nodes.Getitem, nodes.Getattr)))
+    return found | {name for piece in pieces if (name := _subscript(piece))}
 
 
 def _tested_for_none(tree: nodes.Template) -> set[str]:
