@@ -82,6 +82,7 @@ def import_everything() -> None:
     import torch
 
     import batchllm.api
+    import batchllm.cli
     import batchllm.executor.engine
     import batchllm.pipeline  # noqa: F401
 
