@@ -50,7 +50,9 @@ def test_greedy_answers_are_those_of_transformers(model_folder: Path, tmp_path: 
     for row, answer in zip(questions(ROWS), table.iter_rows(named=True), strict=True):
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
         with torch.inference_mode():
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False
+            )
         expected = output[0, ids.shape[1] :].tolist()
         assert answer["id"] == row["id"]
         assert answer["output_tokens"] == expected
@@ -217,7 +219,11 @@ def change(job: Path, section: str, **values: Any) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_a_changed_setting_is_noticed(
-    model_folder: Path, tmp_path: Path, section: str, values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    model_folder: Path,
+    tmp_path: Path,
+    section: str,
+    values: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     generate = {"temperature": 0.7, "max_tokens": 6}
     job = make_job(tmp_path / "job", model_folder, questions(ROWS), generate=generate)
