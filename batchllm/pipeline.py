@@ -268,6 +268,7 @@ def _summary(run: _Run, interrupted: bool) -> RunSummary:
         kv_peak_bytes=(engine.kv_tokens_peak if engine else 0) * run.kv_token_bytes,
         rss_peak_bytes=rss_peak_bytes(),
         preemptions=engine.preemptions if engine else 0,
+        mean_output_tokens=engine.output_tokens / max(1, plan.sequences) if engine else 0.0,
         predicted=run.forecast.figures() if run.forecast and not interrupted else {},
     )
     write_metrics(path / "_run" / "metrics.json", metrics)

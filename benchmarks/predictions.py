@@ -2,8 +2,8 @@
 
     python -m benchmarks.predictions --workloads groups,long_prefix,many_prefixes,no_sharing
 
-Two predictions are shown: from the loads of the steps as the engine ran them (the cost model alone), and from the plan
-(what is known before the run). Each workload is calibrated for anew, as in a job. Results go to benchmarks/results/.
+Two errors are shown: of the prediction from the plan (what is known before the run), and of the cost model alone, from
+the loads of the steps as the engine ran them. Each workload is calibrated for anew. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main(names: str, cpu_time: bool, out: Path | None) -> None:
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
     report = {
         "date": date.today().isoformat(),
+        "clock": "cpu" if cpu_time else "wall",
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "versions": versions(),

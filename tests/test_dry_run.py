@@ -55,7 +55,9 @@ def test_what_is_planned_is_what_happens(
     assert device["kv_peak_bytes"] == metrics["kv_peak_bytes"]
     predicted = metrics["predicted"]
     assert (predicted["steps"], predicted["output_tokens"]) == (metrics["steps"], metrics["output_tokens"])
-    assert predicted["mean_output_tokens"] == 6
+    assert predicted["mean_output_tokens"] == metrics["mean_output_tokens"] == 6
+    assert predicted["kv_peak_bytes"] == metrics["kv_peak_bytes"]
+    assert predicted["prompt_tokens_computed"] == metrics["prompt_tokens_computed"]
     assert predicted["seconds"] > 0
     assert re.search(r"predicted \d+\.\d s.*, took \d+\.\d s \([+-]\d+%\)", summary)
 
