@@ -89,7 +89,7 @@ class FreePart:
                 return dict(values)
             return {**values, self.name: [given[position] for position in positions]}
         order = range(len(self.columns)) if positions is None else positions
-        names = [self.columns[position] for position in order or range(len(self.columns))]
+        names = [self.columns[position] for position in order]
         return {**values, FIELDS: Fields((name, values[name]) for name in names)}
 
 
@@ -113,16 +113,17 @@ def collect_items(free: FreePart, data: InputData) -> FreeItems:
         leads.append(np.array(_leads(free, batch), np.uint64))
     ptr = np.append(0, np.cumsum(np.concatenate(counts)))
     lead = np.concatenate(leads)
-    is_table = not free.is_list and len(lead) > 0 and bool((np.diff(ptr) == len(free.columns)).all())
-    return intern_items(np.concatenate(hashes), np.concatenate(lengths), ptr, lead, columns=is_table)
+    items = np.concatenate(hashes), np.concatenate(lengths)
+    return intern_items(*items, ptr, lead, columns=not free.is_list)
 
 
 def _rows(free: FreePart, batch: RowBatch) -> Iterator[list[tuple[int, int]]]:
-    """(hash, length) of each free item of each row; none for a row with a fault."""
+    """(hash, length) of each free item of each row. A row with a fault has nothing that could be shared."""
+    nothing = [] if free.is_list else [_item("", seed, 0) for seed in range(len(free.columns))]
     columns = [python_values(batch.data.column(name), name) for name in free.columns]
     for number, row in enumerate(zip(*columns)):
         if number in batch.faults or any(isinstance(value, RowFault) for value in row):
-            yield []
+            yield nothing
         elif free.is_list:
             yield [_item(value, 0, 1) for value in row[0]] if isinstance(row[0], list) else []
         else:
