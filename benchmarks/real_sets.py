@@ -105,8 +105,12 @@ SETS: dict[str, tuple[float, float, Callable[[Path], list[str]]]] = {
     "agieval-lsat-ar": (0.505, 0.725, lambda data: agieval(data, "lsat-ar")),
     "agieval-lsat-rc": (0.505, 0.725, lambda data: agieval(data, "lsat-rc")),
     "agieval-sat-en": (0.505, 0.725, lambda data: agieval(data, "sat-en")),
-    "react": (0.983, 0.983, react),  # all 7405 questions save a little more than is stated ...
-    "react-500": (0.983, 0.983, lambda data: react(data)[:500]),  # ... which is the share of the first 500
+    "react": (
+        0.983,
+        0.983,
+        react,
+    ),  # 0.985: more than is stated, for the shots weigh less the more questions there are
+    "react-500": (0.983, 0.983, lambda data: react(data)[:500]),  # 0.982
     "agents": (0.935, 0.935, agents),
 }
 
