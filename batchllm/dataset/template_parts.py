@@ -54,6 +54,7 @@ def _pieces(tree: nodes.Template) -> Iterator[tuple[str, str | None]]:
 
 
 def _name(node: nodes.Node) -> str:
-    if isinstance(node, nodes.Name):
-        return node.name
-    return next((name.name for name in node.find_all(nodes.Name)), "an expression")
+    """The first name that is read in it and not given there, as a loop's variable is."""
+    names = [node] if isinstance(node, nodes.Name) else list(node.find_all(nodes.Name))
+    given = {name.name for name in names if name.ctx == "store"}
+    return next((name.name for name in names if name.name not in given), "an expression")
