@@ -81,6 +81,7 @@ class _Run:
     plan: PlanStats = _NOTHING
     forecast: Forecast | None = None
     engine: EngineStats | None = None
+    reordering_saves: int = 0
     kv_token_bytes: int = 0
     kv_budget_bytes: int = 0
 
@@ -125,6 +126,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             claim=claim,
         ) as store:
             run = _Run(job, tokenizer, progress, watch, prompts, requests, store, model, lengths)
+            run.reordering_saves = rows.reordering_saves
             interrupted = _answer_and_finish(run)
             return _summary(run, interrupted)
 
@@ -268,6 +270,7 @@ def _summary(run: _Run, interrupted: bool) -> RunSummary:
         kv_peak_bytes=(engine.kv_tokens_peak if engine else 0) * run.kv_token_bytes,
         rss_peak_bytes=rss_peak_bytes(),
         preemptions=engine.preemptions if engine else 0,
+        prompt_tokens_saved_by_reordering=run.reordering_saves,
         mean_output_tokens=engine.output_tokens / max(1, plan.sequences) if engine else 0.0,
         predicted=run.forecast.figures() if run.forecast and not interrupted else {},
     )
