@@ -16,8 +16,8 @@ from batchllm.planner.loads import StepLoads
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.planner.sample import part_of, spread_blocks
 from batchllm.planner.simulate import Simulation, SimulationOptions, simulate
-from tests.executor.harness import prompt_table
-from tests.executor.test_scheduler import random_prompts
+from tests.executor.harness import prompt_table, run
+from tests.executor.test_scheduler import llama, random_prompts
 
 COLUMNS = [field.name for field in dataclasses.fields(StepLoads) if field.name != "steps"]
 CHANGING = {"own_pairs", "own_kv_read"}  # within an entry: only their mean is known
@@ -213,3 +213,17 @@ def test_blocks_are_spread_over_all_sequences():
     assert keep[99_000:].sum() < 400
     assert np.diff(np.flatnonzero(keep)).max() < 3200
     assert spread_blocks(0, 10).sum() == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_run_has_the_predicted_steps_and_memory(seed):
+    """The whole engine with a tiny model and its own estimates, which are exact: outputs as long as they may be."""
+    random = np.random.default_rng(4000 + seed)
+    params = SamplingParams(max_tokens=12, temperature=0.7, n=1 + seed % 2, ignore_eos=True)
+    size = {"kv_tokens": 4096, "max_step_tokens": int(random.integers(16, 64))}
+    outcome = run(llama()[1], random_prompts(random), params, **size)
+    output = np.full(outcome.plan.num_sequences, 12)
+    simulation = simulate(outcome.plan, output, SimulationOptions(**size))
+    assert simulation.steps == outcome.stats.steps
+    assert simulation.peak_kv_tokens == outcome.stats.kv_tokens_peak
+    assert simulation.prompt_tokens == outcome.stats.prompt_tokens_computed
