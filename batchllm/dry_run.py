@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from batchllm.advice import Situation, advice
 from batchllm.core import Plan, PromptTable
@@ -56,7 +57,8 @@ def explain_job(
         validate_columns(job, data.schema)
     text_config, dtype = config.get_text_config(), _dtype(job, config)
     shape = model_shape(text_config)
-    named = [ready_profile(name, dtype) for name in _names(hardware)]
+    threads = torch.get_num_threads()
+    named = [ready_profile(name, dtype, threads) for name in _names(hardware)]
     with tempfile.TemporaryDirectory(prefix="batchllm-plan-") as work_dir:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, Path(work_dir), stage)
