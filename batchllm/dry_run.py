@@ -82,7 +82,7 @@ def explain_job(
         with watch.time("explain"):
             case = Situation(job, tokenizer, prompts, plan, lengths, shape.max_length, devices)
             report = _report(case, shape, computed_tokens(draft), reason)
-    return replace(report, seconds=watch.seconds())
+    return replace(report, reordering_saves=rows.reordering_saves, seconds=watch.seconds())
 
 
 def _dtype(job: JobSpec, config: Any) -> str:
@@ -179,6 +179,7 @@ def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_
         optimum_tokens=plan.stats.distinct_tokens,
         single_level_tokens=computed.best_single_level,
         published_rule_tokens=computed.published_rule,
+        reordering_saves=0,
         order_reason=order_reason,
         levels=level_reports(plan),
         prefixes=biggest_prefixes(plan, words),

@@ -67,6 +67,7 @@ class PlanReport:
     optimum_tokens: int  # every distinct token once: the least possible
     single_level_tokens: int  # with one shared prefix a row at most, the best there are
     published_rule_tokens: int  # the same, prefixes found by BatchLLM's published rule
+    reordering_saves: int  # tokens, about: what `prompt.reorder` adds to those shared
     order_reason: str  # the order in which sequences start, and why
     levels: tuple[LevelReport, ...]
     prefixes: tuple[PrefixReport, ...]  # those that save most, the most first

@@ -49,6 +49,8 @@ def _head(report: PlanReport) -> Iterator[str]:
     yield _line("prompt tokens", f"{report.prompt_tokens:,}, the longest prompt {report.longest_prompt:,}")
     share = f"{report.saved_fraction:.1%} saved by sharing"
     yield _line("to compute", f"{report.computed_tokens:,} ({share})")
+    if report.reordering_saves:
+        yield _line("reordering", f"saves about {report.reordering_saves:,} of these tokens (prompt.reorder)")
     yield _line("output tokens", f"{report.output_tokens:,} expected ({report.output_source})")
 
 

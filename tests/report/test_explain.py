@@ -27,6 +27,7 @@ REPORT = PlanReport(
     optimum_tokens=82_000_000,
     single_level_tokens=103_000_000,
     published_rule_tokens=107_000_000,
+    reordering_saves=0,
     order_reason="decode_ratio: 7,260.0 s predicted, 3.0% less than tree order, in 2,053 steps instead of 2,100.",
     levels=(LevelReport(23, 1_500_000, 21_612, 5_925_956_000), LevelReport(314, 1948, 20_936, 82_463)),
     prefixes=(
@@ -76,6 +77,9 @@ def test_nothing_shared_and_nothing_at_all():
     alone = replace(REPORT, levels=(), prefixes=(), shared_prefixes=0, warnings=())
     assert "no two rows share a beginning that is worth keeping" in plan_text(alone)
     assert "!" not in plan_text(alone)
+    assert "reordering" not in plan_text(alone)
+    reordered = plan_text(replace(alone, reordering_saves=5_000_000))
+    assert "reordering     saves about 5,000,000 of these tokens (prompt.reorder)" in reordered
     empty = replace(
         alone,
         rows=0,
