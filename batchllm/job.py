@@ -2,7 +2,8 @@
 
     model:    {path, dtype, trust_remote_code}
     input:    {path, format, id, limit}
-    prompt:   {text} | {messages} | {column}, with template_args for the chat template
+    prompt:   {text} | {messages} | {column}, with template_args for the chat template,
+              and reorder: what of it may stand in any order
     generate: {max_tokens, temperature, ...}          each a value or {column: NAME}
     output:   {path, keep, part_rows, flush_seconds}
     engine:   {device, kv_memory, max_step_tokens, order, workers, min_shared_tokens}

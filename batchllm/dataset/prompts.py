@@ -118,6 +118,14 @@ class PromptPlan:
         self.columns = tuple(sorted(used))
         self._nullable = _nullable(self._templates)
 
+    def columns_in_order(self) -> list[str]:
+        """The columns of the templates as they are first shown."""
+        names: list[str] = []
+        for template in self._templates:
+            number_before = {name: len(template.used_before(name)[0]) for name in template.columns}
+            names += sorted(template.columns, key=lambda name: number_before[name])
+        return list(dict.fromkeys(names))
+
     def row_values(self, batch: pa.RecordBatch) -> Iterator[Values | RowFault]:
         """The values of `columns` of each row, or the first fault among them."""
         if not self.columns:

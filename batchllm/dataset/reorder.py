@@ -49,7 +49,7 @@ class FreePart:
                 raise JobError(f"{where}: there is no column `{column}`; {hint}")
         if self.is_list:
             type_ = schema.field(self.name).type
-            if not (_is_list(type_) or pa.types.is_null(type_)):
+            if not (is_list(type_) or pa.types.is_null(type_)):
                 raise JobError(
                     f"{where}: `{self.name}` holds {type_}, and only the elements of a list can be reordered; "
                     "to reorder columns name at least two, as in [title, text]"
@@ -98,8 +98,12 @@ def choose_orders(free: FreePart, data: InputData) -> FieldOrder:
     return choose_order(collect_items(free, data))
 
 
-def collect_items(free: FreePart, data: InputData) -> FreeItems:
-    """One pass over the columns concerned. Lengths are characters of text. 16 bytes an item are kept."""
+def collect_items(free: FreePart, data: InputData, most_rows: int | None = None) -> FreeItems:
+    """One pass over the columns concerned, of the first rows or of all. Lengths are characters of text.
+
+    16 bytes an item are kept.
+    """
+    seen = 0
     wanted = {*free.columns, *free.lead}
     columns = [name for name in data.schema.names if name in wanted]
     hashes, lengths = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
@@ -111,10 +115,13 @@ def collect_items(free: FreePart, data: InputData) -> FreeItems:
         lengths.append(np.array([length for _, length in items], np.int64))
         counts.append(np.array([len(row) for row in rows], np.int64))
         leads.append(np.array(_leads(free, batch), np.uint64))
+        seen += batch.num_rows
+        if most_rows is not None and seen >= most_rows:
+            break
     ptr = np.append(0, np.cumsum(np.concatenate(counts)))
     lead = np.concatenate(leads)
-    items = np.concatenate(hashes), np.concatenate(lengths)
-    return intern_items(*items, ptr, lead, columns=not free.is_list)
+    all_hashes, all_lengths = np.concatenate(hashes), np.concatenate(lengths)
+    return intern_items(all_hashes, all_lengths, ptr, lead, columns=not free.is_list)
 
 
 def _rows(free: FreePart, batch: RowBatch) -> Iterator[list[tuple[int, int]]]:
@@ -144,6 +151,6 @@ def _item(value: object, seed: int, around: int) -> tuple[int, int]:
     return xxhash.xxh3_64_intdigest(text.encode(errors="replace"), seed), len(text) + around
 
 
-def _is_list(type_: pa.DataType) -> bool:
+def is_list(type_: pa.DataType) -> bool:
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(test(type_) for test in tests)
