@@ -15,12 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.core import IntArray, Plan
+from batchllm.planner.leaf_slots import LEAD, first_slots, grown_slots
 from batchllm.planner.loads import StepLoads
 from batchllm.planner.timeline import Event, Level, Timeline
-
-# As in executor.scheduler: a leaf gets room for so many output tokens at first, in multiples of so many slots.
-LEAD = 128
-ROUND = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class _Replay:
         self._donor: list[int] = plan.node_donor.tolist()
         self._copied: list[int] = plan.node_copied.tolist()
         self._has_heir: list[bool] = _has_heir(plan).tolist()
-        self._samples_above: list[bool] = _ends_sequences(plan).tolist()
+        self._ends_sequence: list[bool] = _ends_sequences(plan).tolist()
         first = np.searchsorted(plan.sequence_node, np.arange(plan.num_nodes))
         self._last_sequence: list[int] = (first + plan.node_leaves - 1).tolist()
         self._last_use = [-1] * plan.num_nodes  # last step in which a sequence below runs
@@ -135,7 +132,7 @@ class _Replay:
         """Goes to the step in which the sequence starts. Returns the slots that its leaf gets; 0: it never fits."""
         time, own = self.time, self._length[leaf]
         added = sum(self._length[node] for node in missing)
-        slots = _slots(own, output, LEAD)
+        slots = first_slots(own, output, LEAD)
         while time.current[Level.RUNNING] > 0:
             step = time.first_below(Level.RUNNING, self._max_running - 1)
             step = self._first_fit(step, own, output, added, closing)
@@ -148,7 +145,7 @@ class _Replay:
             self._drop_kept(time.now - 1)
         if self._has_room(added + slots):
             return slots
-        slots = _slots(own, output, 1)
+        slots = first_slots(own, output, 1)
         return slots if self._has_room(added + slots) else 0
 
     def _first_fit(self, step: int, own: int, output: int, added: int, closing: list[tuple[int, int]]) -> int:
@@ -242,7 +239,7 @@ class _Replay:
             time.event(Event.SHARED_PAIRS, now, count * start)
             done += count
             self._used += count
-        if first >= 0 and self._samples_above[node]:
+        if first >= 0 and self._ends_sequence[node]:
             time.event(Event.LOGITS, time.now, 1)
         return first
 
@@ -264,11 +261,10 @@ class _Replay:
         return after - 1
 
     def _grow(self, own: int, output: int, slots: int) -> int:
-        """Enlarges the leaf when it is full, as the executor does. Returns the slots it has in the end."""
+        """Enlarges the leaf whenever it is full. Returns the slots it has in the end."""
         now = self.time.now
         while slots < own + output - 1:
-            wanted = _rounded(slots + max(ROUND, slots // 2))
-            grown = min(wanted, own + output - 1)
+            grown = grown_slots(own, output, slots)
             self.time.change(Level.RESERVED, now + slots - own + 1, grown - slots)
             slots = grown
         return slots
@@ -326,17 +322,6 @@ class _Replay:
         time.foresee(time.now, after, tokens)
         if self._has_heir[node]:
             self._keep(node, after - 1, tokens)
-
-
-def _slots(own: int, output: int, lead: int) -> int:
-    """Slots a leaf gets when it starts."""
-    lead = min(lead, output)
-    room = _rounded(own + lead) if lead > 1 else own + 1
-    return max(min(room, max(1, own + output - 1)), own)
-
-
-def _rounded(tokens: int) -> int:
-    return -(-tokens // ROUND) * ROUND
 
 
 def _has_heir(plan: Plan) -> NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from batchllm.core import RequestTable, SamplingParams
 from batchllm.executor import scheduler as real
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.scheduler import Scheduler
-from batchllm.planner import simulate as simulated
+from batchllm.planner import leaf_slots
 from batchllm.planner.loads import StepLoads
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.planner.sample import part_of, spread_blocks
@@ -173,7 +173,7 @@ def test_little_fragmented_memory_is_met_within_a_few_steps():
 
 
 def test_constants_are_the_schedulers():
-    assert (simulated.LEAD, simulated.ROUND) == (real._LEAD, real._ROUND)
+    assert (leaf_slots.LEAD, leaf_slots.ROUND) == (real._LEAD, real._ROUND)
 
 
 def test_a_prompt_of_many_steps_and_a_long_output():
