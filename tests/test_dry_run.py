@@ -77,6 +77,21 @@ def test_nothing_is_written_and_no_weights_are_needed(
     assert "nothing was written" in output
 
 
+def test_a_run_is_not_given_up_because_it_cannot_be_foreseen(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("no steps")
+
+    monkeypatch.setattr("batchllm.pipeline.forecast_run", fail)
+    job = make_job(tmp_path, model_folder, questions(4))
+    assert exit_code_of("run", job) == 0
+    captured = capsys.readouterr()
+    assert "no prediction of time and memory: no steps" in captured.err
+    assert "predicted" not in captured.out
+    assert read_metrics(tmp_path / "out")["predicted"] == {}
+
+
 def test_levels_and_prefixes(config_only: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     instructions, topics = "Read the text and answer. ", ["on harbours: ", "on rivers: ", "on clouds: "]
     prompts = [f"{instructions}{topic}{number}{number}" for topic in topics for number in range(1, 5)]
