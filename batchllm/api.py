@@ -31,4 +31,3 @@ def run(
     else:
         spec = load_job(job, overrides or {})
     return run_job(spec, overwrite=overwrite, quiet=quiet)
-
