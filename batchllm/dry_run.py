@@ -17,6 +17,7 @@ from batchllm.core import Plan, PromptTable
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
+from batchllm.dataset.reorder_gain import possible_reordering
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_config import load_config
@@ -80,7 +81,8 @@ def explain_job(
                 for profile in (here, *named)
             )
         with watch.time("explain"):
-            case = Situation(job, tokenizer, prompts, plan, lengths, shape.max_length, devices)
+            reordering = possible_reordering(job, data)
+            case = Situation(job, tokenizer, prompts, plan, lengths, shape.max_length, devices, reordering)
             report = _report(case, shape, computed_tokens(draft), reason)
     return replace(report, reordering_saves=rows.reordering_saves, seconds=watch.seconds())
 

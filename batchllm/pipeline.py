@@ -27,6 +27,7 @@ from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknow
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.plan import PlanOptions, draft_plan
 from batchllm.planner.simulate import SimulationOptions
+from batchllm.planner.plan_file import write_plan
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
@@ -175,6 +176,7 @@ def _answer_all(run: _Run) -> None:
     run.plan = plan.stats
     run.progress.note(f"order: {reason}")
     if plan.num_sequences:
+        write_plan(plan, job.output.path / "_run" / "plan.parquet")
         _execute(run, model, plan, kv_tokens)
 
 

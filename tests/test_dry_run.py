@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from batchllm.planner.plan_file import read_plan
 from tests.jobs import exit_code_of, make_job, questions, read_metrics, write_rows
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -60,6 +61,28 @@ def test_what_is_planned_is_what_happens(
     assert predicted["prompt_tokens_computed"] == metrics["prompt_tokens_computed"]
     assert predicted["seconds"] > 0
     assert re.search(r"predicted \d+\.\d s.*, took \d+\.\d s \([+-]\d+%\)", summary)
+
+
+def test_a_run_leaves_its_plan(model_folder: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, model_folder, questions(20), generate={"max_tokens": 2})
+    assert exit_code_of("run", job, "--quiet") == 0
+    left = read_plan(tmp_path / "out" / "_run" / "plan.parquet")
+    assert left.stats.planned_tokens == read_metrics(tmp_path / "out")["prompt_tokens_computed"]
+    assert sorted(left.request.tolist()) == list(range(20))
+
+
+def test_passages_that_would_share_more_in_another_order(
+    config_only: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = [f"Passage {number} is about the number {number} and nothing else." for number in range(3)]
+    rows = [
+        {"id": str(row), "passages": known[row % 3 :] + known[: row % 3], "question": f"What is {row}?"}
+        for row in range(30)
+    ]
+    text = "{% for passage in passages %}{{ passage }} {% endfor %}{{ question }}"
+    job = make_job(tmp_path, config_only, rows, prompt={"text": text})
+    assert "prompt.reorder: passages would share" in warnings_of(job, capsys)
+    assert "prompt.reorder" not in warnings_of(job, capsys, "--set", "prompt.reorder=passages")
 
 
 def test_nothing_is_written_and_no_weights_are_needed(
