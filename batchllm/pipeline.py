@@ -26,8 +26,8 @@ from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.plan import PlanOptions, draft_plan
-from batchllm.planner.simulate import SimulationOptions
 from batchllm.planner.plan_file import write_plan
+from batchllm.planner.simulate import SimulationOptions
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
