@@ -22,7 +22,7 @@ from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_config import load_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
-from batchllm.forecast import forecast, ordered_plan, simulate_plan, this_device
+from batchllm.forecast import forecast, ordered_plan, plan_options, simulate_plan, this_device
 from batchllm.history import seeded_estimator
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
@@ -30,7 +30,7 @@ from batchllm.planner.explain import DeviceReport, PlanReport, biggest_prefixes,
 from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, ready_profile
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.model_shape import ModelShape, model_shape
-from batchllm.planner.plan import PlanOptions, draft_plan
+from batchllm.planner.plan import draft_plan
 from batchllm.planner.savings import ComputedTokens, computed_tokens
 from batchllm.planner.simulate import SimulationOptions
 from batchllm.report.progress import Progress
@@ -39,7 +39,6 @@ from batchllm.report.stopwatch import Stopwatch
 _CPU_STEP_TOKENS, _GPU_STEP_TOKENS = 2048, 8192
 _CPU_KV_SHARE = 0.5  # of the memory left beside the weights, as a run takes it
 _SHOWN_TOKENS = 40  # of a prefix; more than fit on a line
-_SHARED_TOKENS = 32
 
 
 def explain_job(
@@ -70,7 +69,7 @@ def explain_job(
         with watch.time("plan"):
             requests = make_requests(prompts, None, b"")
             draft = draft_plan(
-                prompts, requests, np.ones(len(requests), dtype=bool), _plan_options(job, lengths)
+                prompts, requests, np.ones(len(requests), dtype=bool), plan_options(job, lengths)
             )
         with watch.time("forecast"):
             here = this_device(fingerprint(job.model.path), dtype, prompts)
@@ -97,14 +96,6 @@ def _dtype(job: JobSpec, config: Any) -> str:
 
 def _names(hardware: Sequence[str]) -> list[str]:
     return [name for given in hardware for name in given.split(",") if name.strip()]
-
-
-def _plan_options(job: JobSpec, lengths: LengthEstimator) -> PlanOptions:
-    shortest = job.engine.min_shared_tokens
-    return PlanOptions(
-        min_shared_tokens=shortest if isinstance(shortest, int) else _SHARED_TOKENS,
-        decode_estimate=lengths.mean_total,
-    )
 
 
 def _memory(job: JobSpec, profile: DeviceProfile, shape: ModelShape, dtype: str) -> SimulationOptions:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from batchllm.core import Plan, PromptTable
+from batchllm.job import JobSpec
 from batchllm.planner.choose import choose_order
 from batchllm.planner.cost import step_costs
 from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, cpu_profile
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.model_shape import ModelShape, model_shape
 from batchllm.planner.ordering import OrderName
-from batchllm.planner.plan import PlanDraft, arrange
+from batchllm.planner.plan import PlanDraft, PlanOptions, arrange
 from batchllm.planner.simulate import Simulation, SimulationOptions, simulate
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ def simulate_plan(
     limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
     outputs = estimator.mean_total(plan.sequence_params, limits)
     return simulate(plan, outputs, options), int(outputs.sum())
+
+
+def plan_options(job: JobSpec, lengths: LengthEstimator) -> PlanOptions:
+    """How a job is planned, by a run and by `batchllm plan` alike."""
+    shortest = job.engine.min_shared_tokens
+    return PlanOptions(
+        min_shared_tokens=shortest if isinstance(shortest, int) else PlanOptions.min_shared_tokens,
+        decode_estimate=lengths.mean_total,
+    )
 
 
 def ordered_plan(

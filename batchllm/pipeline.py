@@ -20,12 +20,12 @@ from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import check_model_folder, fingerprint
-from batchllm.forecast import Forecast, forecast_run, plan_for_model
+from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
 from batchllm.history import seeded_estimator
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
 from batchllm.planner.lengths import LengthEstimator
-from batchllm.planner.plan import PlanOptions, draft_plan
+from batchllm.planner.plan import draft_plan
 from batchllm.planner.plan_file import write_plan
 from batchllm.planner.simulate import SimulationOptions
 from batchllm.report.metrics import RunMetrics, write_metrics
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from batchllm.executor.gate import LengthLimit
     from batchllm.executor.model import ModelRunner
 
-_AUTO_SHARED_TOKENS = 32
 _NOTHING = PlanStats(0, 0, 0, 0, 0, 0, 0)
 
 
@@ -169,7 +168,7 @@ def _answer_all(run: _Run) -> None:
     hopeless, reason = too_long(prompts, requests, ~store.done, kv_tokens)
     store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"), run.progress.stage("planning", int((~store.done).sum())) as stage:
-        draft = draft_plan(prompts, requests, ~store.done, _plan_options(job, run.lengths))
+        draft = draft_plan(prompts, requests, ~store.done, plan_options(job, run.lengths))
         memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens))
         plan, reason = plan_for_model(model, fingerprint(job.model.path), draft, job.engine.order, memory)
         stage.advance(plan.stats.requests, plan.stats.prompt_tokens)
@@ -236,14 +235,6 @@ def _load_model(job: JobSpec, watch: Stopwatch) -> _Loaded:
         model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code)
         check_parity(model)
     return _Loaded(model, kv_token_budget(model, job.engine.kv_memory))
-
-
-def _plan_options(job: JobSpec, lengths: LengthEstimator) -> PlanOptions:
-    shortest = job.engine.min_shared_tokens
-    return PlanOptions(
-        min_shared_tokens=shortest if isinstance(shortest, int) else _AUTO_SHARED_TOKENS,
-        decode_estimate=lengths.mean_total,
-    )
 
 
 def _configuration(job: JobSpec) -> bytes:

@@ -42,10 +42,6 @@ class NodeStore:
         """Own prompt tokens of a node."""
         return int(self.plan.node_end[node] - self.plan.node_start[node])
 
-    def pending(self, node: int) -> bool:
-        """Whether sequences below have not started, or wait to come back."""
-        return bool(self.unfinished[node] > self.users[node])
-
     def place(self, node: int, extent: Extent) -> tuple[Extent, int] | None:
         """Gives a node its memory. Returns (donor's extent, tokens) to copy into it first, if the donor is there."""
         self.extent[node] = extent

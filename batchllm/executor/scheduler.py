@@ -55,10 +55,6 @@ class Scheduler:
         self._awaiting: dict[int, list[Running]] = {}  # zero-length leaves whose parent is being computed
         self._zero_leaves = _count_zero_leaves(plan)
 
-    @property
-    def num_waiting(self) -> int:
-        return self.plan.num_sequences - self._next + len(self._returning)
-
     def schedule(self) -> StepBatch | None:
         builder = StepBuilder()
         decoding = self._make_room()
