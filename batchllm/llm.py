@@ -27,6 +27,7 @@ from batchllm.executor.model import load_model
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.executor.parity import check_parity
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
+from batchllm.executor.trace import StepTrace
 from batchllm.job import check_params
 from batchllm.job_values import parse_bytes
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
@@ -123,6 +124,7 @@ class LLM:
         )
         self._max_step_tokens = max_step_tokens
         self._plan_options = PlanOptions(min_shared_tokens=min_shared_tokens)
+        self.trace: StepTrace | None = None  # set it, and the steps of the calls that follow are recorded
 
     def get_tokenizer(self) -> Any:
         return self._tokenizer
@@ -189,7 +191,7 @@ class LLM:
             end_of_sequence_ids(self._model.model.generation_config, self._tokenizer), self._tokenizer
         )
         options = engine_options(plan, prompts, kv_tokens, self._max_step_tokens)
-        for finished in Engine(self._model, plan, prompts, requests, rules, options).run():
+        for finished in Engine(self._model, plan, prompts, requests, rules, options, trace=self.trace).run():
             yield from answers_of(finished, plan, prompts, requests)
 
 

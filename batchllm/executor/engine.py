@@ -18,6 +18,7 @@ from batchllm.executor.sampler import choose_tokens, token_logprobs
 from batchllm.executor.scheduler import Scheduler
 from batchllm.executor.step import Sample, StepBatch
 from batchllm.executor.stopping import StopRules
+from batchllm.executor.trace import StepTrace
 from batchllm.planner.lengths import LengthEstimator
 
 
@@ -55,8 +56,10 @@ class Engine:
         stop_rules: StopRules,
         options: EngineOptions,
         estimator: LengthEstimator | None = None,
+        trace: StepTrace | None = None,
     ):
         self.model, self.plan, self.stop_rules = model, plan, stop_rules
+        self.trace = trace
         self.stats = EngineStats()
         self.pool = KvPool(model.layers, options.kv_tokens, model.dtype)
         self.scheduler = Scheduler(
@@ -73,12 +76,20 @@ class Engine:
         self._kept_logits: dict[int, Tensor] = {}
 
     def run(self) -> Iterator[list[SequenceResult]]:
+        self._lap("other")
         while batch := self.scheduler.schedule():
+            held = self.pool.used, len(self.scheduler.running)
+            self._lap("schedule")
             logits = self._forward(batch)
+            self._lap("forward")
             tokens, logprobs = self._sample(batch.samples, logits)
+            self._lap("sample")
             finished = self.scheduler.absorb(batch, tokens, logprobs, self._has_ended)
+            self._lap("absorb")
             self._count(batch)
+            self._trace_step(batch, *held)
             yield [self._result(run) for run in finished] + self._take_failed()
+            self._lap("other")
         failed = self._take_failed()
         if failed:
             yield failed
@@ -87,7 +98,9 @@ class Engine:
         """[L, V] logits of this step, and keeps those that later sequences start from."""
         if not len(batch.tokens):
             return torch.empty(0, 0)
-        logits = self.model.forward(batch, CpuStepAttention(self.pool, batch))
+        attention = CpuStepAttention(self.pool, batch)
+        self._lap("prepare")
+        logits = self.model.forward(batch, attention)
         for node, row in batch.keep_logits:
             self._kept_logits[node] = logits[row].clone()
         return logits
@@ -146,3 +159,17 @@ class Engine:
         self.stats.preemptions = self.scheduler.preemptions
         self.stats.kv_tokens_used = self.pool.used
         self.stats.kv_tokens_peak = self.pool.peak
+
+    def _lap(self, part: str) -> None:
+        if self.trace is not None:
+            self.trace.lap(part)
+
+    def _trace_step(self, batch: StepBatch, kv_tokens: int, running: int) -> None:
+        if self.trace is not None:
+            self.trace.end_step(
+                batch,
+                running=running,
+                waiting=self.scheduler.waiting,
+                budget_tokens=self.scheduler.max_step_tokens,
+                kv_tokens=kv_tokens,
+            )

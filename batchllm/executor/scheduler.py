@@ -69,6 +69,11 @@ class Scheduler:
             return None
         return builder.build()
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not started, or stepped back and have not come back."""
+        return self.plan.num_sequences - self._next + len(self._returning)
+
     def keeps_logits(self, node: int) -> bool:
         """Whether logits at the end of `node` will be needed by sequences that start later."""
         return self._zero_leaves.get(node, 0) > 0

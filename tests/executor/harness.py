@@ -12,6 +12,7 @@ from batchllm.core import Plan, PromptTable, RequestTable, SamplingParams, Seque
 from batchllm.executor.engine import Engine, EngineOptions, EngineStats
 from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.executor.stopping import StopRules
+from batchllm.executor.trace import StepTrace
 from batchllm.planner.plan import PlanOptions, build_plan
 from tests.executor.tiny_models import EOS
 
@@ -48,6 +49,7 @@ def run(
     min_shared_tokens: int = 4,
     keys: np.ndarray | None = None,
     estimator: Any = None,
+    trace: StepTrace | None = None,
     check: bool = True,
 ) -> Outcome:
     """One result a request. With `check`, KV bookkeeping is verified after every step."""
@@ -56,7 +58,9 @@ def run(
     todo = np.ones(len(requests), dtype=bool)
     plan = build_plan(table, requests, todo, PlanOptions(min_shared_tokens=min_shared_tokens))
     options = EngineOptions(kv_tokens=kv_tokens, max_step_tokens=max_step_tokens)
-    engine = Engine(runner, plan, table, requests, StopRules(frozenset([EOS]), None), options, estimator)
+    engine = Engine(
+        runner, plan, table, requests, StopRules(frozenset([EOS]), None), options, estimator, trace
+    )
     by_request: list[SequenceResult | None] = [None] * len(requests)
     for finished in engine.run():
         if check:
