@@ -1,10 +1,14 @@
-"""Fixtures for tests that need a model on disk."""
+"""Fixtures for tests that need a model on disk, and the switch that lets kernels run without a GPU."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Triton's interpreter, unless the environment says otherwise. Before any test module can import triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
