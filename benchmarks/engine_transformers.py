@@ -1,32 +1,41 @@
-"""Runs one workload through transformers' generate in static batches, in the order given.
+"""transformers' generate in static batches, in the order given, as an engine of the comparison.
 
-`python -m benchmarks.engine_transformers MODEL WORKLOAD RESULT [BATCH]`. Prompts of a batch are padded on the left.
+Prompts of a batch are padded on the left. A batch has 32 rows, or as many as KV memory holds.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import workloads
-from benchmarks.result import EngineResult, save
+from benchmarks.result import EngineResult
+from benchmarks.worker import Run, Settings, serve
+from benchmarks.workloads import Workload
+
+BATCH = 32
 
 
-def main(model_path: str, workload_path: str, result_path: str, batch: str = "32") -> None:
-    workload = workloads.load(Path(workload_path))
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
-    generate(model, [[5] * 50], 4)
-    started = time.perf_counter()
-    size = int(batch)
-    tokens: list[list[int]] = []
-    for first in range(0, len(workload.prompts), size):
-        tokens += generate(model, workload.prompts[first : first + size], workload.max_tokens)
-    seconds = time.perf_counter() - started
-    save(EngineResult(f"transformers static {batch}", seconds, tokens), Path(result_path))
+def start(settings: Settings) -> Run:
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto").eval()
+
+    def run(workload: Workload) -> EngineResult:
+        held = settings.kv_bytes // kv_bytes_per_token(model.config, model.dtype)
+        size = max(1, min(BATCH, held // workload.longest))
+        started = time.perf_counter()
+        tokens: list[list[int]] = []
+        for first in range(0, len(workload.prompts), size):
+            tokens += generate(model, workload.prompts[first : first + size], workload.max_tokens)
+        return EngineResult(f"transformers static {size}", time.perf_counter() - started, tokens)
+
+    return run
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    head = config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize)
 
 
 def generate(model: torch.nn.Module, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
@@ -46,4 +55,4 @@ def generate(model: torch.nn.Module, prompts: list[list[int]], max_tokens: int) 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(start)

@@ -27,10 +27,10 @@ _RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.001
 
 
-def bbh(data: Path) -> list[str]:
+def bbh(data: Path, only: str = "*") -> list[str]:
     """3 shots of the task, then the question."""
     prompts = []
-    for task in sorted((data / "bbh" / "tasks").glob("*.json")):
+    for task in sorted((data / "bbh" / "tasks").glob(f"{only}.json")):
         text = (data / "bbh" / "cot-prompts" / f"{task.stem}.txt").read_text(encoding="utf-8")
         shots = text.split("-----\n", 1)[1].rstrip("\n")
         for example in json.loads(task.read_text(encoding="utf-8"))["examples"]:
@@ -76,21 +76,26 @@ def react(data: Path) -> list[str]:
     return [f"{shots}Question: {row['question']}\nThought 1:" for row in rows]
 
 
-def agents(data: Path) -> list[str]:
-    """Every step of every run: the shots, the question, and what came before."""
+def agent_runs(data: Path) -> list[list[str]]:
+    """Every step of each run: the shots, the question, and what came before."""
     shots = json.loads((data / "react" / "prompts_naive.json").read_text(encoding="utf-8"))[
         "webthink_simple6"
     ]
-    prompts = []
+    runs = []
     for run in _jsonl(data / "sglang_bench" / "react_hotpotqa_100.jsonl"):
         for question, steps in run.items():
-            text = f"{shots}{question}\n"
+            prompts, text = [], f"{shots}{question}\n"
             for number, step in enumerate(steps, 1):
                 prompts.append(f"{text}Thought {number}:")
                 text += f"Thought {number}: {step['thought']}\nAction {number}: {step['action']}\n"
                 text += f"Observation {number}: {step['observation']}\n"
-            prompts.append(f"{text}Thought {len(steps) + 1}:")
-    return prompts
+            runs.append([*prompts, f"{text}Thought {len(steps) + 1}:"])
+    return runs
+
+
+def agents(data: Path) -> list[str]:
+    """All steps of all runs."""
+    return [prompt for run in agent_runs(data) for prompt in run]
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
