@@ -105,6 +105,7 @@ class Plan:
     node_sequence: NDArray[np.int32]  # [nodes] the sequence of a leaf, -1 for a shared node
     sequence_node: NDArray[np.int32]  # [sequences] its leaf
     sequence_params: NDArray[np.int32]  # [sequences] index into PromptTable.params
+    sequence_group: NDArray[np.int32]  # [sequences] the same: likely of like output length; -1: none
     request_ptr: IntArray  # [sequences + 1] CSR into `request`
     request: IntArray  # indices into RequestTable answered by each sequence; the first one names it
     request_shared: (

@@ -23,7 +23,7 @@ from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_config import load_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
 from batchllm.forecast import forecast, ordered_plan, plan_options, simulate_plan, this_device
-from batchllm.history import seeded_estimator
+from batchllm.history import past_lengths, teach
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
 from batchllm.planner.explain import DeviceReport, PlanReport, biggest_prefixes, level_reports
@@ -65,14 +65,17 @@ def explain_job(
         prompts = refuse_long_prompts(rows.prompts, shape.max_length)
         prompts = refuse_unknown_tokens(prompts, shape.vocabulary)
         check_lengths(limit, longest_sequence(prompts), config.model_type)
-        lengths = seeded_estimator(job.plan.history, prompts.params, job.source)
+        past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
+        lengths = LengthEstimator()
         with watch.time("plan"):
             requests = make_requests(prompts, None, b"")
             draft = draft_plan(
                 prompts, requests, np.ones(len(requests), dtype=bool), plan_options(job, lengths)
             )
+            teach(lengths, past, prompts.params, draft.row_group)
+            draft = draft.expecting(lengths.mean_total)
         with watch.time("forecast"):
-            here = this_device(fingerprint(job.model.path), dtype, prompts)
+            here = this_device(fingerprint(job.model.path, job.model.quantize), dtype, prompts)
             options = _memory(job, here, shape, dtype)
             plan, reason = ordered_plan(draft, job.engine.order, shape, here, dtype, options)
             devices = tuple(
@@ -148,7 +151,7 @@ def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:
 def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_reason: str) -> PlanReport:
     prompts, plan = case.prompts, case.plan
     limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
-    outputs = int(case.lengths.mean_total(plan.sequence_params, limits).sum())
+    outputs = int(case.lengths.mean_total(plan.sequence_params, limits, plan.sequence_group).sum())
     history = case.job.plan.history
 
     def words(row: int, start: int, end: int) -> str:
@@ -168,6 +171,7 @@ def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_
         longest_prompt=int(np.diff(prompts.offsets).max(initial=0)),
         output_tokens=outputs,
         output_source=f"from {history}" if history else "every answer as long as max_tokens",
+        sample_rows=case.job.plan.sample_rows or 0,
         computed_tokens=plan.stats.planned_tokens,
         optimum_tokens=plan.stats.distinct_tokens,
         single_level_tokens=computed.best_single_level,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchllm.core import Plan, PromptTable
 from batchllm.job import JobSpec
@@ -29,17 +32,34 @@ MEASURED_FROM_SECONDS = 20.0  # a shorter run is not worth the seconds a calibra
 class Forecast:
     """Under the names that metrics.json has for what is measured."""
 
+    sequences: int
     seconds: float  # of the stage "run"
     steps: int
     kv_peak_bytes: int
     prompt_tokens_computed: int
     output_tokens: int
-    mean_output_tokens: float  # of a sequence
     calibrated: bool  # on this device with this model; else seconds are from a general profile
+
+    @property
+    def mean_output_tokens(self) -> float:
+        """Of a sequence."""
+        return self.output_tokens / max(1, self.sequences)
+
+    def then(self, later: Forecast) -> Forecast:
+        """Both, one after the other."""
+        return Forecast(
+            sequences=self.sequences + later.sequences,
+            seconds=self.seconds + later.seconds,
+            steps=self.steps + later.steps,
+            kv_peak_bytes=max(self.kv_peak_bytes, later.kv_peak_bytes),
+            prompt_tokens_computed=self.prompt_tokens_computed + later.prompt_tokens_computed,
+            output_tokens=self.output_tokens + later.output_tokens,
+            calibrated=self.calibrated and later.calibrated,
+        )
 
     def figures(self) -> dict[str, float]:
         """For metrics.json."""
-        return asdict(self)
+        return {**asdict(self), "mean_output_tokens": self.mean_output_tokens}
 
 
 def simulate_plan(
@@ -47,16 +67,25 @@ def simulate_plan(
 ) -> tuple[Simulation, int]:
     """The steps of a run whose outputs are all as long as is expected, and how many tokens those are."""
     limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
-    outputs = estimator.mean_total(plan.sequence_params, limits)
+    outputs = estimator.mean_total(plan.sequence_params, limits, plan.sequence_group)
     return simulate(plan, outputs, options), int(outputs.sum())
 
 
-def plan_options(job: JobSpec, lengths: LengthEstimator) -> PlanOptions:
+def combined_figures(forecasts: Sequence[Forecast | None]) -> dict[str, float]:
+    """For metrics.json: of plans that are run one after another. Nothing if one of them could not be foreseen."""
+    known = [forecast for forecast in forecasts if forecast is not None]
+    return reduce(Forecast.then, known).figures() if known and len(known) == len(forecasts) else {}
+
+
+def plan_options(
+    job: JobSpec, lengths: LengthEstimator, row_group: NDArray[np.int32] | None = None
+) -> PlanOptions:
     """How a job is planned, by a run and by `batchllm plan` alike."""
     shortest = job.engine.min_shared_tokens
     return PlanOptions(
         min_shared_tokens=shortest if isinstance(shortest, int) else PlanOptions.min_shared_tokens,
         decode_estimate=lengths.mean_total,
+        row_group=row_group,
     )
 
 
@@ -90,12 +119,12 @@ def forecast(
     size = BYTES_PER_VALUE[dtype]
     costs = step_costs(shape, profile, simulation.loads, size)
     return Forecast(
+        sequences=sequences,
         seconds=costs.total_seconds,
         steps=simulation.steps,
         kv_peak_bytes=simulation.peak_kv_tokens * shape.kv_bytes_per_token(size),
         prompt_tokens_computed=simulation.prompt_tokens,
         output_tokens=output_tokens,
-        mean_output_tokens=output_tokens / max(1, sequences),
         calibrated=profile.calibrated,
     )
 

@@ -1,13 +1,13 @@
 """The job file: YAML in, one immutable `JobSpec` out, or a `JobError` of one sentence.
 
-    model:    {path, dtype, trust_remote_code}
+    model:    {path, dtype, quantize, trust_remote_code}
     input:    {path, format, id, limit}
     prompt:   {text} | {messages} | {column}, with template_args for the chat template,
               and reorder: what of it may stand in any order
     generate: {max_tokens, temperature, ...}          each a value or {column: NAME}
     output:   {path, keep, part_rows, flush_seconds}
     engine:   {device, kv_memory, max_step_tokens, order, workers, min_shared_tokens}
-    plan:     {history}
+    plan:     {history, sample_rows}
 
 A key whose value is null counts as not given. Relative paths start at the job file's own folder.
 """

@@ -69,6 +69,7 @@ OrColumn = Annotated[
 class ModelSpec(Section):
     path: PathText  # a folder (absolute), or the id of a model on the hub
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["int8_weight_only", "int8_dynamic"] | None = None  # of the linear layers, after loading
     trust_remote_code: Flag = False
 
 
@@ -158,11 +159,10 @@ class EngineSpec(Section):
 
 
 class PlanSpec(Section):
-    """What the planner may learn from before the run."""
+    """What the planner may learn output lengths from."""
 
-    history: Path | None = (
-        None  # absolute: the output folder of an earlier run, for the lengths of its answers
-    )
+    history: Path | None = None  # absolute: the output folder of an earlier run
+    sample_rows: Count | None = None  # so many rows, chosen at random, are run before the rest is planned
 
 
 def valid_params(values: Mapping[str, object]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def make_job(
         "engine": {"device": "cpu", "kv_memory": "4MiB", "min_shared_tokens": 4},
     }
     for name, values in sections.items():
-        job[name] = dict(values) if name == "prompt" else {**job[name], **values}
+        job[name] = dict(values) if name == "prompt" else {**job.get(name, {}), **values}
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job, sort_keys=False))
     return path

@@ -106,7 +106,7 @@ def test_a_run_is_not_given_up_because_it_cannot_be_foreseen(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("no steps")
 
-    monkeypatch.setattr("batchllm.pipeline.forecast_run", fail)
+    monkeypatch.setattr("batchllm.execution.forecast_run", fail)
     job = make_job(tmp_path, model_folder, questions(4))
     assert exit_code_of("run", job) == 0
     captured = capsys.readouterr()

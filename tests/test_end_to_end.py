@@ -155,7 +155,7 @@ def test_stepping_back_changes_no_answer(
     from batchllm.planner.lengths import LengthEstimator
 
     expected = run(make_job(tmp_path / "wide", model_folder, questions(ROWS), generate=generate))
-    monkeypatch.setattr(LengthEstimator, "estimate", lambda self, params, decoded, limits: decoded * 0 + 1)
+    monkeypatch.setattr(LengthEstimator, "estimate", lambda self, params, decoded, *others: decoded * 0 + 1)
     engine = {"kv_memory": 2 * LONGEST * KV_TOKEN_BYTES}
     job = make_job(tmp_path / "narrow", model_folder, questions(ROWS), generate=generate, engine=engine)
     assert run(job) == expected

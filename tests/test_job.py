@@ -263,6 +263,14 @@ def test_history_is_an_existing_folder_beside_the_job(tmp_path: Path) -> None:
     assert make_job(SMALLEST, tmp_path).plan.history is None
 
 
+def test_sample_rows_is_a_number_of_rows(tmp_path: Path) -> None:
+    assert make_job(SMALLEST, tmp_path).plan.sample_rows is None
+    assert make_job(job_with(plan={"sample_rows": 200}), tmp_path).plan.sample_rows == 200
+    for value in (0, "many", 0.1, True):
+        with pytest.raises(JobError, match=r"^job: plan\.sample_rows must be "):
+            make_job(job_with(plan={"sample_rows": value}), tmp_path)
+
+
 def test_overrides_are_yaml_values_and_the_last_one_counts(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(job_with(generate={"seed": 5, "max_tokens": 9})))
     overrides = [

@@ -119,6 +119,11 @@ class ResultStore:
             store._held = held.pop_all()
         return store
 
+    @property
+    def parts(self) -> Mapping[str, IntArray]:
+        """The files that hold answers, and the request of each of their rows."""
+        return self._parts
+
     def add(self, results: Sequence[RequestResult]) -> None:
         """Answers that have just been found. Written when a part is full or old enough."""
         for result in results:

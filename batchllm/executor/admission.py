@@ -77,8 +77,9 @@ class Admission:
     def _estimate(self, running: Sequence[Running]) -> list[int]:
         if not running:
             return []
-        params = np.array([self._plan.sequence_params[run.sequence] for run in running])
+        sequences = [run.sequence for run in running]
+        params, groups = self._plan.sequence_params[sequences], self._plan.sequence_group[sequences]
         decoded = np.array([len(run.output) for run in running], dtype=np.int64)
         limits = np.array([run.limit for run in running], dtype=np.int64)
-        estimates: list[int] = self._estimator.estimate(params, decoded, limits).tolist()
+        estimates: list[int] = self._estimator.estimate(params, decoded, limits, groups).tolist()
         return estimates

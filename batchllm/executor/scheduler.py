@@ -96,9 +96,18 @@ class Scheduler:
                 finished.append(run)
                 del self.running[run.sequence]
                 self.nodes.finish(run.path, run.leaf)
-                self.estimator.observe(int(self.plan.sequence_params[run.sequence]), len(run.output))
+        self._learn(finished)
         self.nodes.end_step()
         return finished
+
+    def _learn(self, finished: list[Running]) -> None:
+        """What later sequences are expected to decode is refreshed in every step."""
+        sequences = [run.sequence for run in finished]
+        params, groups = self.plan.sequence_params[sequences], self.plan.sequence_group[sequences]
+        lengths = np.array([len(run.output) for run in finished], dtype=np.int64)
+        limits = np.array([run.limit for run in finished], dtype=np.int64)
+        if finished:
+            self.estimator.learn(params, lengths, limits, groups)
 
     # ---- decode tokens
 

@@ -63,6 +63,7 @@ class PlanReport:
     longest_prompt: int
     output_tokens: int  # expected
     output_source: str  # what that is based on
+    sample_rows: int  # rows that are run first, so that the others are planned with their lengths
     computed_tokens: int  # by this plan
     optimum_tokens: int  # every distinct token once: the least possible
     single_level_tokens: int  # with one shared prefix a row at most, the best there are

@@ -3,60 +3,90 @@
 After Tokasaurus' stopping predictor: the last finished lengths are kept, and of them only those count that
 are longer than what a request has decoded already. A little of their spread is added to their mean, so that
 memory planned with these estimates is rarely exceeded.
+
+What is known is weighed in three steps, each trusted the more the more lengths stand behind it: `max_tokens`, the
+lengths seen with the same sampling parameters, and of those the lengths seen in the same group (`length_groups`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.core import IntArray
+from batchllm.planner.length_errors import LengthErrors
+from batchllm.planner.length_groups import NO_GROUP
 
 KEPT_LENGTHS = 2048  # the most recent finished ones, per parameter set
+KEPT_IN_GROUP = 256  # the same, per parameter set and group
 SPREAD = 0.25  # standard deviations added to the mean
 TRUSTED_LENGTHS = 16  # as many observations weigh as much as the assumption that max_tokens is reached
+TRUSTED_IN_GROUP = 4  # as many of a group weigh as much as those of all: groups differ more than their rows
 
 IntLike = NDArray[np.integer[Any]]
+FloatArray = NDArray[np.float64]
 
 
 class LengthEstimator:
-    """Not thread-safe. One for a whole run; lengths are learned separately for each parameter set."""
+    """Not thread-safe. One for a whole run. `group` is an array of numbers, NO_GROUP where there is none, or None."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, _RecentLengths] = {}
+        self._seen: dict[int, _RecentLengths] = {}  # by parameter set
+        self._in_group: dict[int, _RecentLengths] = {}  # by parameter set and group
+        self.errors = LengthErrors()  # of what was expected of each sequence just before it was learned from
 
-    def observe(self, params_index: int, length: int) -> None:
-        """A sequence with these parameters has finished after `length` output tokens."""
-        self._seen.setdefault(int(params_index), _RecentLengths()).add(length)
+    def observe(self, params_index: int, length: IntLike | int, group: IntLike | None = None) -> None:
+        """Sequences with these parameters have come to `length` [n] output tokens in the end, the latest last."""
+        lengths = np.atleast_1d(length)
+        if len(lengths):
+            self._seen.setdefault(params_index, _RecentLengths(KEPT_LENGTHS)).extend(lengths)
+        if group is None:
+            return
+        for number in set(np.asarray(group).tolist()) - {NO_GROUP}:
+            seen = self._in_group.setdefault(_key(params_index, number), _RecentLengths(KEPT_IN_GROUP))
+            seen.extend(lengths[np.asarray(group) == number])
 
-    def estimate(self, params_index: IntLike, decoded: IntLike, max_tokens: IntLike) -> IntArray:
+    def learn(
+        self, params_index: IntLike, length: IntLike, max_tokens: IntLike, group: IntLike | None = None
+    ) -> None:
+        """`observe` for the sequences [n] that finished in a step, and notes how well they had been foreseen."""
+        self.errors.add(self.mean_total(params_index, max_tokens, group), length)
+        for params in set(params_index.tolist()):
+            mine = params_index == params
+            self.observe(params, length[mine], None if group is None else group[mine])
+
+    def estimate(
+        self, params_index: IntLike, decoded: IntLike, max_tokens: IntLike, group: IntLike | None = None
+    ) -> IntArray:
         """Tokens still to be decoded, >= 1, by sequences that have decoded `decoded` so far. Arrays [n].
 
         Never more than `max_tokens - decoded`, and exactly that as long as no longer output has been seen.
         """
-        decoded = np.asarray(decoded, dtype=np.int64)
-        most = np.asarray(max_tokens, dtype=np.int64)
-        total: NDArray[np.float64] = most.astype(np.float64)
-        for params in np.unique(params_index).tolist():
-            seen = self._seen.get(params)
-            if seen is not None:
-                mine = np.asarray(params_index) == params
-                total[mine] = seen.expected_total(decoded[mine], most[mine])
-        remaining: IntArray = np.maximum(np.ceil(total).astype(np.int64) - decoded, 1)
+        done: IntArray = np.asarray(decoded, dtype=np.int64)
+        most = np.asarray(max_tokens, dtype=np.float64)
+        total = most.copy()
+        for seen, mine in _members(self._seen, params_index):
+            total[mine] = seen.expected_total(done[mine], most[mine], total[mine], TRUSTED_LENGTHS)
+        for seen, mine in self._members_of_groups(params_index, group):
+            total[mine] = seen.expected_total(done[mine], most[mine], total[mine], TRUSTED_IN_GROUP)
+        remaining: IntArray = np.maximum(np.ceil(total).astype(np.int64) - done, 1)
         return remaining
 
-    def mean_total(self, params_index: IntLike, max_tokens: IntLike) -> IntArray:
+    def mean_total(
+        self, params_index: IntLike, max_tokens: IntLike, group: IntLike | None = None
+    ) -> IntArray:
         """Mean length of the whole output [n] of sequences that have not started, without any caution: `max_tokens`
         for parameters of which nothing has been seen."""
         most = np.asarray(max_tokens, dtype=np.float64)
         total = most.copy()
-        for params in np.unique(params_index).tolist():
-            seen = self._seen.get(params)
-            if seen is not None:
-                mine = np.asarray(params_index) == params
-                total[mine] = seen.mean_clipped(most[mine])
+        for seen, mine in _members(self._seen, params_index):
+            total[mine] = seen.mean_clipped(most[mine])
+        for seen, mine in self._members_of_groups(params_index, group):
+            trust = seen.count / (seen.count + TRUSTED_IN_GROUP)
+            total[mine] = trust * seen.mean_clipped(most[mine]) + (1.0 - trust) * total[mine]
         return np.maximum(np.rint(total), 1).astype(np.int64)
 
     def quantile(self, params_index: int, share: float) -> int | None:
@@ -64,22 +94,54 @@ class LengthEstimator:
         seen = self._seen.get(params_index)
         return None if seen is None else seen.quantile(share)
 
+    def _members_of_groups(
+        self, params_index: IntLike, group: IntLike | None
+    ) -> Iterator[tuple[_RecentLengths, NDArray[np.bool_]]]:
+        if group is not None and self._in_group:
+            keys = _key(np.asarray(params_index, dtype=np.int64), np.asarray(group, dtype=np.int64))
+            yield from _members(self._in_group, keys)
+
+
+def _key(params_index: Any, group: Any) -> Any:
+    """One number for parameters and group; none that `observe` has stored where there is no group."""
+    return (params_index << 32) + group
+
+
+def _members(
+    seen: dict[int, _RecentLengths], key: IntLike
+) -> Iterator[tuple[_RecentLengths, NDArray[np.bool_]]]:
+    """What has been seen under each key, and which entries have that key."""
+    key = np.asarray(key)
+    for one in set(key.tolist()):
+        if one in seen:
+            yield seen[one], key == one
+
 
 class _RecentLengths:
     """A ring of the last lengths, and sums over the sorted ring that are rebuilt when it has changed."""
 
-    def __init__(self) -> None:
-        self._ring = np.zeros(KEPT_LENGTHS, dtype=np.int64)
+    def __init__(self, kept: int) -> None:
+        self._ring = np.zeros(kept, dtype=np.int64)
         self._added = 0
         self._stale = True
 
-    def add(self, length: int) -> None:
-        self._ring[self._added % KEPT_LENGTHS] = length
-        self._added += 1
+    @property
+    def count(self) -> int:
+        return min(self._added, len(self._ring))
+
+    def extend(self, lengths: IntLike) -> None:
+        kept = lengths[-len(self._ring) :]
+        self._added += len(lengths)
+        self._ring[np.arange(self._added - len(kept), self._added) % len(self._ring)] = kept
         self._stale = True
 
-    def expected_total(self, decoded: IntArray, max_tokens: IntArray) -> NDArray[np.float64]:
-        """Length of the finished output: a cautious estimate given that it exceeds `decoded`."""
+    def expected_total(
+        self, decoded: IntArray, most: FloatArray, otherwise: FloatArray, trusted: int
+    ) -> FloatArray:
+        """Length of the finished output: a cautious estimate given that it exceeds `decoded`.
+
+        `otherwise` is what would be expected without these lengths, and weighs as much as `trusted` of them.
+        """
         if self._stale:
             self._rebuild()
         first = np.searchsorted(self._lengths, decoded, side="right")
@@ -87,32 +149,30 @@ class _RecentLengths:
         divisor = np.maximum(count, 1)
         mean = self._sum_from[first] / divisor
         variance = np.maximum(self._square_sum_from[first] / divisor - mean**2, 0.0)
-        expected = np.minimum(mean + SPREAD * np.sqrt(variance), max_tokens)
-        trust = count / (count + TRUSTED_LENGTHS)
-        return trust * expected + (1.0 - trust) * max_tokens
+        expected = np.minimum(mean + SPREAD * np.sqrt(variance), most)
+        trust = count / (count + trusted)
+        return trust * expected + (1.0 - trust) * otherwise
 
-    def mean_clipped(self, most: NDArray[np.float64]) -> NDArray[np.float64]:
+    def mean_clipped(self, most: FloatArray) -> FloatArray:
         """Mean of the lengths seen, those beyond `most` counted as that."""
         if self._stale:
             self._rebuild()
         within = np.searchsorted(self._lengths, most, side="right")
         count = len(self._lengths)
-        mean: NDArray[np.float64] = (
-            self._sum_from[0] - self._sum_from[within] + (count - within) * most
-        ) / count
+        mean: FloatArray = (self._sum_from[0] - self._sum_from[within] + (count - within) * most) / count
         return mean
 
     def quantile(self, share: float) -> int:
-        return int(np.quantile(self._ring[: min(self._added, KEPT_LENGTHS)], share, method="higher"))
+        return int(np.quantile(self._ring[: self.count], share, method="higher"))
 
     def _rebuild(self) -> None:
-        self._lengths = np.sort(self._ring[: min(self._added, KEPT_LENGTHS)])
+        self._lengths = np.sort(self._ring[: self.count])
         as_float = self._lengths.astype(np.float64)
         self._sum_from = _sums_from(as_float)
         self._square_sum_from = _sums_from(as_float**2)
         self._stale = False
 
 
-def _sums_from(value: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sums_from(value: FloatArray) -> FloatArray:
     """`[n + 1]`: entry i is the sum of value[i:]."""
     return np.append(np.cumsum(value[::-1])[::-1], 0.0)

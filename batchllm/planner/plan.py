@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.core import IntArray, Plan, PlanStats, PromptTable, RequestTable
 from batchllm.planner.folding import Kept, fold_short_prefixes
+from batchllm.planner.length_groups import NO_GROUP, length_groups
 from batchllm.planner.ordering import Execution, OrderName, execution_order
 from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree
 from batchllm.planner.sequences import (
@@ -21,17 +22,21 @@ from batchllm.planner.sequences import (
 )
 
 ParamsArray = NDArray[np.int32]
+DecodeEstimate = Callable[[ParamsArray, IntArray, NDArray[np.int32]], IntArray]
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """`decode_estimate`: expected output tokens, per request of the RequestTable, or a function of the
-    arrays (params index, max_tokens), one entry per sequence. Default: max_tokens.
+    arrays (params index, max_tokens, group), one entry per sequence. Default: max_tokens.
+
+    `row_group`: the group of each row of the PromptTable, where it is known. Default: found in the tree of the plan.
     """
 
     min_shared_tokens: int = 32  # a shorter shared prefix is no node of its own: it is copied instead
     order: OrderName = "auto"
-    decode_estimate: NDArray[np.generic] | Callable[[ParamsArray, IntArray], IntArray] | None = None
+    decode_estimate: NDArray[np.generic] | DecodeEstimate | None = None
+    row_group: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,20 @@ class PlanDraft:
     sequences: Sequences
     terminal: IntArray  # [sequences] the trie node where each one's prompt ends
     below: IntArray  # [trie nodes] sequences at or below
+    group: NDArray[np.int32]  # [sequences] see planner.length_groups
     decode: IntArray  # [sequences] tokens each is expected to decode
+
+    @property
+    def row_group(self) -> NDArray[np.int32]:
+        """[rows of the PromptTable] the group of each planned row, NO_GROUP for others."""
+        count = np.diff(self.sequences.request_ptr)
+        found = np.full(self.prompts.num_rows, NO_GROUP, dtype=np.int32)
+        found[self.requests.row[self.sequences.request]] = np.repeat(self.group, count)
+        return found
+
+    def expecting(self, estimate: DecodeEstimate) -> PlanDraft:
+        """The same with other expectations of what is decoded."""
+        return replace(self, decode=_estimated(estimate, self.prompts, self.sequences, self.group))
 
     def expected_decode(self, plan: Plan) -> IntArray:
         """`decode` of the sequences of a plan made from this draft."""
@@ -109,8 +127,12 @@ def draft_plan(
     ending = np.bincount(terminal, minlength=tree.num_nodes)
     below = tree.subtree_sum(ending)
     kept = fold_short_prefixes(tree, below, ending, options.min_shared_tokens)
-    decode = _expected_decode(prompts, sequences, options)
-    return PlanDraft(prompts, requests, tree, kept, sequences, terminal, below, decode)
+    if options.row_group is None:
+        group = length_groups(tree, kept, below, terminal)
+    else:
+        group = options.row_group[requests.row[sequences.first_request]]
+    decode = _expected_decode(prompts, sequences, group, options)
+    return PlanDraft(prompts, requests, tree, kept, sequences, terminal, below, group, decode)
 
 
 def arrange(draft: PlanDraft, order: OrderName) -> Plan:
@@ -119,17 +141,28 @@ def arrange(draft: PlanDraft, order: OrderName) -> Plan:
     execution = execution_order(tree, draft.terminal, sequences.first_request, draft.decode, order)
     nodes = _list_nodes(tree, draft.kept, execution, draft.terminal, draft.below)
     answers = _list_answers(draft.prompts, draft.requests, sequences, execution)
-    return _assemble(tree, draft.kept, nodes, execution, answers, sequences.params)
+    return _assemble(draft, nodes, execution, answers)
 
 
-def _expected_decode(prompts: PromptTable, sequences: Sequences, options: PlanOptions) -> IntArray:
-    max_tokens = np.array([p.max_tokens for p in prompts.params], dtype=np.int64)[sequences.params]
+def _expected_decode(
+    prompts: PromptTable, sequences: Sequences, group: NDArray[np.int32], options: PlanOptions
+) -> IntArray:
     estimate = options.decode_estimate
     if estimate is None:
-        return max_tokens
+        return _max_tokens(prompts, sequences)
     if callable(estimate):
-        return np.asarray(estimate(sequences.params, max_tokens)).astype(np.int64)
+        return _estimated(estimate, prompts, sequences, group)
     return np.asarray(estimate)[sequences.first_request].astype(np.int64)
+
+
+def _estimated(
+    estimate: DecodeEstimate, prompts: PromptTable, sequences: Sequences, group: NDArray[np.int32]
+) -> IntArray:
+    return np.asarray(estimate(sequences.params, _max_tokens(prompts, sequences), group)).astype(np.int64)
+
+
+def _max_tokens(prompts: PromptTable, sequences: Sequences) -> IntArray:
+    return np.array([p.max_tokens for p in prompts.params], dtype=np.int64)[sequences.params]
 
 
 def _list_nodes(
@@ -162,9 +195,8 @@ def _list_answers(
     return _Answers(ptr, request, requests.row[request[ptr[:-1]]], shared, int(prompt_tokens.sum()))
 
 
-def _assemble(
-    tree: PrefixTree, kept: Kept, nodes: _Nodes, execution: Execution, answers: _Answers, params: ParamsArray
-) -> Plan:
+def _assemble(draft: PlanDraft, nodes: _Nodes, execution: Execution, answers: _Answers) -> Plan:
+    tree, params = draft.tree, draft.sequences.params
     index_of_trie = np.full(tree.num_nodes + 1, -1, dtype=np.int64)  # the last entry answers for "none"
     shared = np.flatnonzero(~nodes.is_leaf)
     index_of_trie[nodes.trie[shared]] = shared
@@ -179,7 +211,7 @@ def _assemble(
         requests=len(answers.request),
         sequences=len(params),
         shared_nodes=len(shared),
-        depth=kept.depth,
+        depth=draft.kept.depth,
         prompt_tokens=answers.prompt_tokens,
         distinct_tokens=tree.distinct_tokens,
         planned_tokens=int((end - start - copied).sum()),
@@ -195,6 +227,7 @@ def _assemble(
         node_sequence=np.where(nodes.is_leaf, nodes.first, -1).astype(np.int32),
         sequence_node=np.flatnonzero(nodes.is_leaf).astype(np.int32),
         sequence_params=params[execution.sequence].astype(np.int32),
+        sequence_group=draft.group[execution.sequence],
         request_ptr=answers.ptr,
         request=answers.request,
         request_shared=answers.shared,

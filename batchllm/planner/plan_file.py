@@ -18,14 +18,15 @@ _NODE_COLUMNS = ("parent", "start", "end", "row", "donor", "copied", "leaves", "
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Columns are those of `core.Plan` without `node_`. A leaf also has its params and `requests`, with how many prompt
-    tokens each of them takes from another's work in `shared`. The file appears whole or not at all."""
+    """Columns are those of `core.Plan` without `node_`. A leaf also has its params, its group and `requests`, with how
+    many prompt tokens each of them takes from another's work in `shared`. The file appears whole or not at all."""
     columns = {name: pa.array(getattr(plan, f"node_{name}")) for name in _NODE_COLUMNS}
     leaf = np.zeros(plan.num_nodes, dtype=np.bool_)
     leaf[plan.sequence_node] = True
-    params = np.zeros(plan.num_nodes, dtype=np.int32)
-    params[plan.sequence_node] = plan.sequence_params
-    columns["params"] = pa.array(params, mask=~leaf)
+    for name, of_sequence in (("params", plan.sequence_params), ("group", plan.sequence_group)):
+        of_node = np.zeros(plan.num_nodes, dtype=np.int32)
+        of_node[plan.sequence_node] = of_sequence
+        columns[name] = pa.array(of_node, mask=~leaf)
     count = np.zeros(plan.num_nodes, dtype=np.int64)
     count[plan.sequence_node] = np.diff(plan.request_ptr)
     offsets = pa.array(np.append(0, np.cumsum(count)))
@@ -47,6 +48,10 @@ def read_plan(path: Path) -> Plan:
     described = json.loads(about)
     nodes = {f"node_{name}": table[name].to_numpy() for name in _NODE_COLUMNS}
     leaf = np.flatnonzero(nodes["node_sequence"] >= 0)
+    of_leaf = {
+        f"sequence_{name}": table[name].combine_chunks().take(pa.array(leaf)).to_numpy().astype(np.int32)
+        for name in ("params", "group")
+    }
     requests = table["requests"].combine_chunks()
     request = requests.flatten().to_numpy()
     request_shared = np.zeros(described["num_requests"], dtype=np.int64)
@@ -54,7 +59,7 @@ def read_plan(path: Path) -> Plan:
     return Plan(
         **nodes,
         sequence_node=leaf.astype(np.int32),
-        sequence_params=table["params"].combine_chunks().take(pa.array(leaf)).to_numpy().astype(np.int32),
+        **of_leaf,
         request_ptr=np.append(0, np.cumsum(requests.value_lengths().to_numpy()[leaf])),
         request=request,
         request_shared=request_shared,

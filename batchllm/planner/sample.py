@@ -46,6 +46,7 @@ def part_of(plan: Plan, keep: NDArray[np.bool_]) -> Plan:
         node_sequence=np.where(is_leaf, np.cumsum(is_leaf) - 1, -1).astype(np.int32),
         sequence_node=np.flatnonzero(is_leaf).astype(np.int32),
         sequence_params=plan.sequence_params[keep],
+        sequence_group=plan.sequence_group[keep],
         request_ptr=np.append(0, np.cumsum(count)),
         request=_take(plan.request, plan.request_ptr[:-1][keep], count),
     )

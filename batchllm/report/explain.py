@@ -52,6 +52,9 @@ def _head(report: PlanReport) -> Iterator[str]:
     if report.reordering_saves:
         yield _line("reordering", f"saves about {report.reordering_saves:,} of these tokens (prompt.reorder)")
     yield _line("output tokens", f"{report.output_tokens:,} expected ({report.output_source})")
+    if report.sample_rows:
+        sampled = f"{min(report.sample_rows, report.rows):,} rows are run first, and the rest is planned anew"
+        yield _line("sample", f"{sampled} with the lengths of their answers (plan.sample_rows)")
 
 
 def _warnings(report: PlanReport) -> Iterator[str]:

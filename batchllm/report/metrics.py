@@ -34,6 +34,9 @@ class RunMetrics:
     prompt_tokens_saved_by_reordering: int = 0  # about, over all rows of the input: by prompt.reorder
     mean_output_tokens: float = 0.0  # of a sequence: one stream of tokens, however many rows it answers
     predicted: Mapping[str, float] = field(default_factory=dict)  # by the plan, under the names used here
+    # Expected against actual output tokens of sequences, as `planned` and as `refreshed` while the job ran, just before
+    # each ended: mean_expected, mean_absolute_error, bias (see planner.length_errors).
+    length_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property

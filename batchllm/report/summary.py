@@ -15,6 +15,7 @@ def summary_text(metrics: RunMetrics, out_path: Path) -> str:
         f"output tokens  {metrics.output_tokens:,}{_rate(metrics)}",
         *_wrapped("time           ", _time(metrics)),
         *_prediction(metrics),
+        *_lengths(metrics),
         f"KV cache       {_kv(metrics)}",
         f"memory         {_bytes(metrics.rss_peak_bytes)} at most",
         f"answers        {_snippet(out_path)}",
@@ -62,6 +63,18 @@ def _prediction(metrics: RunMetrics) -> list[str]:
     doubt = "" if metrics.predicted.get("calibrated") else " for a CPU like this one"
     text = f"predicted {predicted:.1f} s{doubt}, took {took:.1f} s ({predicted / took - 1:+.0%})"
     return [f"run            {text}"]
+
+
+def _lengths(metrics: RunMetrics) -> list[str]:
+    """Of outputs. What all were expected to be, and how well that was refreshed while the job ran."""
+    planned, refreshed = metrics.length_errors.get("planned"), metrics.length_errors.get("refreshed")
+    if not planned or not refreshed:
+        return []
+    return [
+        f"lengths        {metrics.mean_output_tokens:,.1f} tokens on average, planned "
+        f"{planned['mean_expected']:,.1f}; off by {planned['mean_absolute_error']:,.1f}, "
+        f"later {refreshed['mean_absolute_error']:,.1f}"
+    ]
 
 
 def _kv(metrics: RunMetrics) -> str:

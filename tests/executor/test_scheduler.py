@@ -25,10 +25,12 @@ class Constant:
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
 
-    def observe(self, params: int, length: int) -> None:
+    def learn(self, *_: np.ndarray) -> None:
         pass
 
-    def estimate(self, params: np.ndarray, decoded: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    def estimate(
+        self, params: np.ndarray, decoded: np.ndarray, limits: np.ndarray, group: np.ndarray
+    ) -> np.ndarray:
         return np.full(len(decoded), self._tokens, dtype=np.int64)
 
 

@@ -21,7 +21,9 @@ PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
 class Optimist(LengthEstimator):
     """Foresees one token only, so that memory runs out."""
 
-    def estimate(self, params: np.ndarray, decoded: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    def estimate(
+        self, params: np.ndarray, decoded: np.ndarray, limits: np.ndarray, group: np.ndarray | None = None
+    ) -> np.ndarray:
         return np.ones(len(decoded), dtype=np.int64)
 
 

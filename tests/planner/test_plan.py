@@ -167,7 +167,7 @@ def test_a_prompt_comes_before_its_extensions_whatever_the_order():
 def test_decode_estimates_decide_the_order():
     rows = [[1] * 4, [2] * 4, [3] * 4]
     assert plan_rows(rows, decode_estimate=np.array([1, 9, 5])).request.tolist() == [1, 2, 0]
-    assert plan_rows(rows, decode_estimate=lambda params, most: most).request.tolist() == [0, 1, 2]
+    assert plan_rows(rows, decode_estimate=lambda params, most, group: most).request.tolist() == [0, 1, 2]
     assert plan_rows([[1] * 4, [2] * 2], decode_estimate=None).request.tolist() == [1, 0]
 
 

@@ -26,10 +26,10 @@ CHANGING = {"own_pairs", "own_kv_read"}  # within an entry: only their mean is k
 class Known:
     """Every sequence is as long as its limit."""
 
-    def observe(self, params, length):
+    def learn(self, params, length, limits, group):
         pass
 
-    def estimate(self, params, decoded, limits):
+    def estimate(self, params, decoded, limits, group):
         return np.maximum(limits - decoded, 1)
 
 

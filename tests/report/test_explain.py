@@ -23,6 +23,7 @@ REPORT = PlanReport(
     longest_prompt=2610,
     output_tokens=256_000_000,
     output_source="every answer as long as max_tokens",
+    sample_rows=0,
     computed_tokens=83_000_000,
     optimum_tokens=82_000_000,
     single_level_tokens=103_000_000,
@@ -57,6 +58,12 @@ def test_everything_fits_in_80_columns():
         assert said in head
     assert "83,000,000 (91.7% saved by sharing)" in head
     assert "! 3 rows cannot be answered" in "\n".join(lines[:16])  # before anything that only informs
+
+
+def test_a_sample_that_is_run_first():
+    assert "sample" not in plan_text(REPORT)
+    text = " ".join(plan_text(replace(REPORT, sample_rows=2000)).split())
+    assert "sample 2,000 rows are run first, and the rest is planned anew with the lengths" in text
 
 
 def test_devices():

@@ -41,7 +41,7 @@ def test_metrics_file(tmp_path: Path) -> None:
     assert set(
         "rows_ok rows_error rows_resumed prompt_tokens prompt_tokens_computed distinct_prompt_tokens output_tokens "
         "steps wall_seconds seconds kv_budget_bytes kv_peak_bytes rss_peak_bytes preemptions predicted versions "
-        "saved_fraction mean_output_tokens prompt_tokens_saved_by_reordering".split()
+        "saved_fraction mean_output_tokens prompt_tokens_saved_by_reordering length_errors".split()
     ) == set(found)
     assert (found["steps"], found["kv_peak_bytes"]) == (7, 5)
     assert found["seconds"]["run"] == 100.0
@@ -161,3 +161,14 @@ def test_summary_puts_the_prediction_beside_what_it_took() -> None:
         "run            predicted 150.0 s for a CPU like this one, took 100.0 s (+50%)"
     ]
     assert line(steps=3) == []
+
+
+def test_summary_says_how_well_output_lengths_were_foreseen() -> None:
+    planned = {"mean_expected": 64.0, "mean_absolute_error": 42.25, "bias": 1.9}
+    refreshed = {"mean_expected": 24.0, "mean_absolute_error": 3.04, "bias": 0.1}
+    metrics = replace(
+        METRICS, mean_output_tokens=22.04, length_errors={"planned": planned, "refreshed": refreshed}
+    )
+    (line,) = [line for line in summary_text(metrics, Path("/data")).splitlines() if "lengths" in line]
+    assert line == "lengths        22.0 tokens on average, planned 64.0; off by 42.2, later 3.0"
+    assert "lengths" not in summary_text(replace(METRICS, length_errors={"planned": {}}), Path("/data"))

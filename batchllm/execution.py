@@ -1,0 +1,183 @@
+"""Every answer that a job still owes: plan, predict, execute, write. A sample of the rows first, if the job says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.answers import answers_of, error_of, faults_of
+from batchllm.core import Plan, PlanStats, PromptTable, RequestTable, SequenceResult
+from batchllm.dataset.results import ResultStore
+from batchllm.executor.model_folder import fingerprint
+from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
+from batchllm.history import PastLengths, own_lengths, teach
+from batchllm.job import JobSpec
+from batchllm.planner.first_rows import sampled_requests
+from batchllm.planner.length_errors import LengthErrors
+from batchllm.planner.lengths import LengthEstimator
+from batchllm.planner.plan import PlanDraft, draft_plan
+from batchllm.planner.plan_file import write_plan
+from batchllm.planner.simulate import SimulationOptions
+from batchllm.report.progress import Progress, Stage
+from batchllm.report.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from batchllm.executor.engine import Engine, EngineOptions, EngineStats
+    from batchllm.executor.model import ModelRunner
+
+
+class LoadedModel(NamedTuple):
+    model: ModelRunner
+    kv_tokens: int  # that its KV memory holds
+
+
+@dataclass
+class Execution:
+    """What the stages of one run share, and what its metrics are made from."""
+
+    job: JobSpec
+    tokenizer: Any
+    progress: Progress
+    watch: Stopwatch
+    prompts: PromptTable
+    requests: RequestTable
+    store: ResultStore
+    model: LoadedModel | None  # None: not loaded yet
+    past: PastLengths | None  # answers of an earlier run
+    lengths: LengthEstimator = field(default_factory=LengthEstimator)
+    distinct_tokens: int = 0  # of the prompts that had no answer yet
+    plans: list[PlanStats] = field(default_factory=list)  # one after another, as for the following
+    forecasts: list[Forecast | None] = field(default_factory=list)
+    engines: list[EngineStats] = field(default_factory=list)
+    planned_lengths: LengthErrors = field(default_factory=LengthErrors)  # as expected when they were planned
+    kv_token_bytes: int = 0
+    kv_budget_bytes: int = 0
+
+
+def answer_all(run: Execution) -> None:
+    """Adds an answer for every request that has none yet."""
+    job, store, prompts, requests = run.job, run.store, run.prompts, run.requests
+    store.add(faults_of(~store.done, prompts, requests))
+    if store.done.all():
+        return
+    from batchllm.executor.budget import too_long
+
+    run.model = run.model or load_checked_model(job, run.watch)
+    hopeless, reason = too_long(prompts, requests, ~store.done, run.model.kv_tokens)
+    store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
+    with run.watch.time("plan"):
+        draft = draft_plan(prompts, requests, ~store.done, plan_options(job, run.lengths))
+        run.distinct_tokens = draft.tree.distinct_tokens
+        groups = draft.row_group
+        teach(run.lengths, run.past, prompts.params, groups)
+        own = own_lengths(store.path, store.parts, requests.row)
+        teach(run.lengths, own, prompts.params, groups, prompts.params_of)
+        first = _first(draft, job.plan.sample_rows)
+    if first is None:
+        _carry_out(run, draft.expecting(run.lengths.mean_total), "plan.parquet")
+        return
+    for requested, file in ((first, "plan-sample.parquet"), (~first, "plan.parquet")):
+        options = plan_options(job, run.lengths, groups)
+        with run.watch.time("plan"):
+            draft = draft_plan(prompts, requests, requested & ~store.done, options)
+        _carry_out(run, draft, file)
+
+
+def _first(draft: PlanDraft, sample_rows: int | None) -> NDArray[np.bool_] | None:
+    """The requests to run before the others; None when all may run together."""
+    if sample_rows is None or not len(draft.sequences):
+        return None
+    sampled = sampled_requests(draft, sample_rows)
+    missing = sampled[draft.sequences.request]
+    return sampled if missing.any() and not missing.all() else None
+
+
+def load_checked_model(job: JobSpec, watch: Stopwatch) -> LoadedModel:
+    """The model, checked, and the tokens that its KV memory holds."""
+    from batchllm.executor.budget import kv_token_budget
+    from batchllm.executor.model import load_model
+    from batchllm.executor.parity import check_parity
+
+    with watch.time("load"):
+        model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code)
+        check_parity(model)
+    return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory))
+
+
+def _carry_out(run: Execution, draft: PlanDraft, file: str) -> None:
+    """Puts the draft in order and runs it. `file` is what its plan is kept as."""
+    assert run.model is not None
+    job, (model, kv_tokens) = run.job, run.model
+    from batchllm.executor.budget import step_tokens
+
+    with run.watch.time("plan"), run.progress.stage("planning", len(draft.sequences.request)) as stage:
+        memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens))
+        plan, reason = plan_for_model(model, fingerprint(job.model.path), draft, job.engine.order, memory)
+        stage.advance(plan.stats.requests, plan.stats.prompt_tokens)
+    run.plans.append(plan.stats)
+    run.progress.note(f"order: {reason}")
+    if plan.num_sequences:
+        write_plan(plan, job.output.path / "_run" / file)
+        _execute(run, plan, draft.expected_decode(plan))
+
+
+def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64]) -> None:
+    """Runs the plan and writes answers as they come. `expected` is the length of each sequence's output."""
+    assert run.model is not None
+    model, kv_tokens = run.model
+    from batchllm.executor.budget import engine_options
+    from batchllm.executor.engine import Engine
+    from batchllm.executor.kv_pool import bytes_per_token
+    from batchllm.executor.stopping import StopRules, end_of_sequence_ids
+
+    rules = StopRules(end_of_sequence_ids(model.model.generation_config, run.tokenizer), run.tokenizer)
+    options = engine_options(plan, run.prompts, kv_tokens, run.job.engine.max_step_tokens)
+    run.forecasts.append(_forecast(run, plan, options))
+    engine = Engine(model, plan, run.prompts, run.requests, rules, options, run.lengths)
+    run.engines.append(engine.stats)
+    run.kv_token_bytes = bytes_per_token(model.layers, model.dtype)
+    run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
+    done = int(run.store.done.sum())
+    with run.watch.time("run"), run.progress.stage("running", len(run.requests), done) as stage:
+        for finished in engine.run():
+            answers = answers_of(finished, plan, run.prompts, run.requests)
+            done += len(answers)
+            _compare_lengths(run.planned_lengths, expected, finished)
+            with run.watch.time("write"):
+                run.store.add(answers)
+            _show(stage, done, engine, options.kv_tokens, plan.stats)
+
+
+def _compare_lengths(
+    errors: LengthErrors, expected: NDArray[np.int64], finished: Sequence[SequenceResult]
+) -> None:
+    ended = [result for result in finished if result.finish_reason != "error"]
+    if ended:
+        came = np.array([len(result.tokens) for result in ended], dtype=np.int64)
+        errors.add(expected[[result.sequence for result in ended]], came)
+
+
+def _forecast(run: Execution, plan: Plan, options: EngineOptions) -> Forecast | None:
+    """None when it fails: a run is not given up because it could not be foreseen."""
+    assert run.model is not None
+    with run.watch.time("plan"):
+        try:
+            model_fingerprint = fingerprint(run.job.model.path)
+            return forecast_run(run.model.model, model_fingerprint, plan, run.prompts, run.lengths, options)
+        except Exception as error:
+            run.progress.note(f"no prediction of time and memory: {error or type(error).__name__}")
+            return None
+
+
+def _show(stage: Stage, done: int, engine: Engine, kv_tokens: int, plan: PlanStats) -> None:
+    stage.update(
+        rows_done=done,
+        prompt_tokens_done=engine.stats.prompt_tokens_computed,
+        output_tokens=engine.stats.output_tokens,
+        kv_used_fraction=engine.stats.kv_tokens_used / kv_tokens,
+        saved_fraction=1.0 - plan.planned_tokens / max(1, plan.prompt_tokens),
+    )
