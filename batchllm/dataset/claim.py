@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from batchllm.dataset.folder import Folder, check_output
 from batchllm.durable import make_folder, writing
-from batchllm.errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # no such locks here: two runs into one folder are then not told apart
-    fcntl = None  # type: ignore[assignment]
+from batchllm.file_lock import FileLock
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,8 @@ def claim_output(path: Path, identity: str, overwrite: bool = False) -> Iterator
     folder = Folder(path)
     work_dir = folder.run / "work"
     made = [p for p in (folder.run, path, *path.parents) if not p.exists()]
-    lock = _FolderLock(folder)
+    make_folder(folder.run)
+    lock = FileLock(folder.lock, _refusal(path))
     try:
         check_output(path, identity, overwrite)  # again: another run may have ended in between
         with writing(work_dir):
@@ -55,40 +49,8 @@ def claim_output(path: Path, identity: str, overwrite: bool = False) -> Iterator
                 made_folder.rmdir()
 
 
-class _FolderLock:
-    """Held by the one process that writes an output folder; gone with the process, however it ends."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._refusal = (
-            f"{folder.path}: another run (process {{}}) is writing this folder; "
-            "wait until it has ended or choose another output.path"
-        )
-        make_folder(folder.run)
-        with writing(folder.lock):
-            self._file: IO[str] = open(folder.lock, "a+", encoding="utf-8")  # noqa: SIM115 (held, not used)
-        try:
-            self._acquire(folder.lock)
-        except BaseException:
-            self._file.close()
-            raise
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number in it
-            self._file.truncate(0)
-            self._file.write(f"{os.getpid()}\n")
-            self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
-
-    def _acquire(self, path: Path) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            raise OutputError(self._refusal.format(self._file.read().strip() or "unknown")) from None
-        except OSError:
-            return  # a file system without locks
-        # A run that left no trace may have removed the file between our opening and our locking it.
-        if not path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-            raise OutputError(self._refusal.format("unknown"))
+def _refusal(path: Path) -> str:
+    return (
+        f"{path}: another run (process {{}}) is writing this folder; "
+        "wait until it has ended or choose another output.path"
+    )
