@@ -26,6 +26,7 @@ from batchllm.forecast import forecast, ordered_plan, plan_options, simulate_pla
 from batchllm.history import past_lengths, teach
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
+from batchllm.planner.auto_values import cpu_kv_bytes, step_tokens
 from batchllm.planner.explain import DeviceReport, PlanReport, biggest_prefixes, level_reports
 from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, ready_profile
 from batchllm.planner.lengths import LengthEstimator
@@ -36,8 +37,6 @@ from batchllm.planner.simulate import SimulationOptions
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch
 
-_CPU_STEP_TOKENS, _GPU_STEP_TOKENS = 2048, 8192
-_CPU_KV_SHARE = 0.5  # of the memory left beside the weights, as a run takes it
 _SHOWN_TOKENS = 40  # of a prefix; more than fit on a line
 
 
@@ -105,11 +104,8 @@ def _memory(job: JobSpec, profile: DeviceProfile, shape: ModelShape, dtype: str)
     """What the device leaves for KV, and the steps it takes."""
     size = BYTES_PER_VALUE[dtype]
     budget = _kv_bytes(job, profile, shape.weight_bytes(size))
-    step = job.engine.max_step_tokens
-    auto = _CPU_STEP_TOKENS if profile.memory_bytes is None else _GPU_STEP_TOKENS
-    return SimulationOptions(
-        budget // shape.kv_bytes_per_token(size), step if isinstance(step, int) else auto
-    )
+    step = step_tokens(job.engine.max_step_tokens, gpu=profile.memory_bytes is not None)
+    return SimulationOptions(budget // shape.kv_bytes_per_token(size), step)
 
 
 def _device(
@@ -141,11 +137,9 @@ def _device(
 
 def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:
     """As the job says, else what a run would take."""
-    if isinstance(job.engine.kv_memory, int):
-        return job.engine.kv_memory
-    if profile.memory_bytes is not None:
+    if profile.memory_bytes is not None and not isinstance(job.engine.kv_memory, int):
         return max(0, profile.memory_bytes - weight_bytes)
-    return max(0, int((psutil.virtual_memory().available - weight_bytes) * _CPU_KV_SHARE))
+    return cpu_kv_bytes(job.engine.kv_memory, psutil.virtual_memory().available - weight_bytes)
 
 
 def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_reason: str) -> PlanReport:

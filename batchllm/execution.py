@@ -16,6 +16,7 @@ from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
 from batchllm.history import PastLengths, own_lengths, teach
 from batchllm.job import JobSpec
+from batchllm.planner.auto_values import step_tokens
 from batchllm.planner.first_rows import sampled_requests
 from batchllm.planner.length_errors import LengthErrors
 from batchllm.planner.lengths import LengthEstimator
@@ -112,8 +113,6 @@ def _carry_out(run: Execution, draft: PlanDraft, file: str) -> None:
     """Puts the draft in order and runs it. `file` is what its plan is kept as."""
     assert run.model is not None
     job, (model, kv_tokens) = run.job, run.model
-    from batchllm.executor.budget import step_tokens
-
     with run.watch.time("plan"), run.progress.stage("planning", len(draft.sequences.request)) as stage:
         memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens))
         plan, reason = plan_for_model(model, fingerprint(job.model.path), draft, job.engine.order, memory)

@@ -10,22 +10,15 @@ from batchllm.errors import JobError
 from batchllm.executor.engine import EngineOptions
 from batchllm.executor.kv_pool import bytes_per_token
 from batchllm.executor.model import ModelRunner
+from batchllm.planner.auto_values import cpu_kv_bytes, step_tokens
 
-_AUTO_SHARE = 0.5  # of the memory that is free when the model has been loaded
 _LEAF_SLACK = 32  # slots a sequence may hold beyond its tokens, from rounding
-AUTO_STEP_TOKENS = 2048
-
-
-def kv_bytes(kv_memory: int | str) -> int:
-    """The byte budget: as given, or half of the memory free now."""
-    if isinstance(kv_memory, int):
-        return kv_memory
-    return int(psutil.virtual_memory().available * _AUTO_SHARE)
 
 
 def kv_token_budget(model: ModelRunner, kv_memory: int | str) -> int:
     """Tokens that the budget holds. Raises JobError when it holds none."""
-    tokens = kv_bytes(kv_memory) // bytes_per_token(model.layers, model.dtype)
+    budget = cpu_kv_bytes(kv_memory, psutil.virtual_memory().available)
+    tokens = budget // bytes_per_token(model.layers, model.dtype)
     if tokens < 1:
         raise JobError(
             f"engine.kv_memory: {kv_memory} bytes do not hold one token of this model "
@@ -41,10 +34,6 @@ def too_long(
     lengths = np.diff(prompts.offsets)[requests.row]
     reason = f"the prompt does not fit in KV memory, which holds {kv_tokens:,} tokens; raise engine.kv_memory"
     return pending & (lengths > kv_tokens), reason
-
-
-def step_tokens(max_step_tokens: int | str) -> int:
-    return max_step_tokens if isinstance(max_step_tokens, int) else AUTO_STEP_TOKENS
 
 
 def engine_options(
