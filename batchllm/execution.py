@@ -102,10 +102,13 @@ def load_checked_model(job: JobSpec, watch: Stopwatch) -> LoadedModel:
     from batchllm.executor.budget import kv_token_budget
     from batchllm.executor.model import load_model
     from batchllm.executor.parity import check_parity
+    from batchllm.executor.quantize import quantize_model
 
     with watch.time("load"):
         model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code)
         check_parity(model)
+        if job.model.quantize:
+            quantize_model(model, job.model.quantize)
     return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory))
 
 
@@ -115,7 +118,8 @@ def _carry_out(run: Execution, draft: PlanDraft, file: str) -> None:
     job, (model, kv_tokens) = run.job, run.model
     with run.watch.time("plan"), run.progress.stage("planning", len(draft.sequences.request)) as stage:
         memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens))
-        plan, reason = plan_for_model(model, fingerprint(job.model.path), draft, job.engine.order, memory)
+        model_fingerprint = fingerprint(job.model.path, job.model.quantize)
+        plan, reason = plan_for_model(model, model_fingerprint, draft, job.engine.order, memory)
         stage.advance(plan.stats.requests, plan.stats.prompt_tokens)
     run.plans.append(plan.stats)
     run.progress.note(f"order: {reason}")
@@ -165,7 +169,7 @@ def _forecast(run: Execution, plan: Plan, options: EngineOptions) -> Forecast | 
     assert run.model is not None
     with run.watch.time("plan"):
         try:
-            model_fingerprint = fingerprint(run.job.model.path)
+            model_fingerprint = fingerprint(run.job.model.path, run.job.model.quantize)
             return forecast_run(run.model.model, model_fingerprint, plan, run.prompts, run.lengths, options)
         except Exception as error:
             run.progress.note(f"no prediction of time and memory: {error or type(error).__name__}")

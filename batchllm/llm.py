@@ -26,6 +26,7 @@ from batchllm.executor.gate import check_lengths
 from batchllm.executor.model import load_model
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.executor.parity import check_parity
+from batchllm.executor.quantize import check_quantization, quantize_model
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 from batchllm.executor.trace import StepTrace
 from batchllm.job import check_params
@@ -106,6 +107,7 @@ class LLM:
         model: str,
         *,
         dtype: str = "auto",
+        quantize: str | None = None,
         trust_remote_code: bool = False,
         kv_memory: int | str = "auto",
         max_step_tokens: int | str = "auto",
@@ -115,10 +117,14 @@ class LLM:
         **others: Any,
     ):
         _check_others(others, tensor_parallel_size)
+        if quantize is not None:
+            check_quantization(quantize)
         check_model_folder(str(model), trust_remote_code, need_tokenizer=not skip_tokenizer_init)
         self._tokenizer = None if skip_tokenizer_init else load_tokenizer(str(model), trust_remote_code)
         self._model = load_model(str(model), dtype, trust_remote_code)
         check_parity(self._model)
+        if quantize is not None:
+            quantize_model(self._model, quantize)
         self._kv_memory = (
             parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
         )

@@ -100,6 +100,10 @@ def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None]:
             f"{job.source}: engine.device: this version runs on the CPU only; set it to cpu or auto."
         )
     check_model_folder(job.model.path, job.model.trust_remote_code)
+    if job.model.quantize:
+        from batchllm.executor.quantize import check_quantization
+
+        check_quantization(job.model.quantize)
     return load_config(job.model.path, job.model.trust_remote_code)
 
 
@@ -119,7 +123,8 @@ def _answer_and_finish(run: Execution) -> bool:
 
 def _configuration(job: JobSpec) -> bytes:
     """Everything outside the rows that decides the text of an answer."""
-    return json.dumps({"model": fingerprint(job.model.path), "dtype": job.model.dtype}).encode()
+    weights = fingerprint(job.model.path, job.model.quantize)
+    return json.dumps({"model": weights, "dtype": job.model.dtype}).encode()
 
 
 def _text_size(config: Any, name: str) -> int | None:

@@ -56,14 +56,14 @@ def check_model_folder(
         )
 
 
-def fingerprint(path: str) -> str:
-    """128-bit hex digest that changes when the model's configuration, tokenizer or weights change.
+def fingerprint(path: str, quantize: str | None = None) -> str:
+    """128-bit hex digest that changes when the model's configuration, tokenizer or weights change, or are quantised.
 
     Weights are sampled (64 blocks of 64 KiB a file, with its size): training or quantising changes blocks all over.
     A hub id stands for itself.
     """
     folder = Path(path)
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128((quantize or "").encode())
     if not folder.is_dir():
         digest.update(path.encode())
         return digest.hexdigest()
