@@ -2,6 +2,7 @@
 
     python -m benchmarks.planner                        # 100k x 1000, 1M x 1000, 10M x 100; needs 4 GB of disk
     python -m benchmarks.planner --cases 100000x1000 --out small.json
+    python -m benchmarks.planner --cases 100000         # rows that each extend the last one by a token: so many levels
 
 Rows share on three levels, in random order: a root, a document per 1000 rows, a part of it per 20 rows, then an end of
 their own. Each case is a process of its own. Peak memory is what the kernel counts, the pages of the token file that
@@ -11,6 +12,7 @@ were read included; `heap` is without those.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import subprocess
@@ -25,7 +27,7 @@ import numpy as np
 
 from batchllm.core import PromptTable, RequestTable, SamplingParams
 from batchllm.planner.ordering import OrderName
-from batchllm.planner.plan import PlanOptions, arrange, draft_plan
+from batchllm.planner.plan import PlanOptions, arrange, build_plan, draft_plan
 from batchllm.planner.plan_file import write_plan
 from batchllm.planner.savings import computed_tokens
 from batchllm.versions import versions
@@ -93,6 +95,30 @@ def measure(path: Path, rows: int, length: int, order: OrderName) -> dict[str, o
     }
 
 
+def measure_nested(rows: int) -> dict[str, object]:
+    """Row i is i + 1 times the same token: as tokens 20 GB for 100,000 rows, so they are memory that is never written,
+    of which all pages are one page of zeros."""
+    length = np.arange(1, rows + 1)
+    offsets = np.append(0, np.cumsum(length)).astype(np.int64)
+    zeros = mmap.mmap(
+        -1, int(offsets[-1]) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ
+    )
+    same = np.zeros(rows, dtype=np.int32)
+    prompts = PromptTable(np.frombuffer(zeros, np.int32), offsets, (SamplingParams(),), same, {})
+    requests = RequestTable(np.arange(rows), same, np.zeros((rows, 2), dtype=np.uint64))
+    before, clock, cpu = _peak(), time.perf_counter(), time.process_time()
+    plan = build_plan(prompts, requests, np.ones(rows, dtype=bool), PlanOptions(min_shared_tokens=1))
+    return {
+        "rows": rows,
+        "tokens": int(offsets[-1]),
+        "levels": plan.stats.depth,
+        "seconds": round(time.perf_counter() - clock, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "peak_gib": round((_peak() - before) / 2**30, 3),
+        "planned_tokens": plan.stats.planned_tokens,
+    }
+
+
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -105,7 +131,9 @@ def _now(kind: str) -> int:
 
 
 @click.command()
-@click.option("--cases", default="100000x1000,1000000x1000,10000000x100", help="ROWSxTOKENS, comma-separated")
+@click.option(
+    "--cases", default="100000x1000,1000000x1000,10000000x100", help="ROWSxTOKENS or LEVELS, comma-separated"
+)
 @click.option("--order", default="decode_ratio")
 @click.option("--scratch", type=click.Path(path_type=Path), default=None, help="folder for the token file")
 @click.option(
@@ -122,6 +150,10 @@ def main(
         return
     found = []
     for case in cases.split(","):
+        if "x" not in case:
+            found.append(measure_nested(int(case)))
+            click.echo(json.dumps(found[-1], indent=2))
+            continue
         rows, length = map(int, case.split("x"))
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             path = Path(folder) / "tokens"

@@ -8,13 +8,18 @@
 So an answer survives when rows are added, removed or reordered, and does not survive when anything that could
 change its text changes. `n` is not part of it: asking for more samples keeps those already there. The random
 numbers of a request are keyed by its key, so the same row is given the same text in whatever order rows come.
+
+Rows of one job whose digests are equal are compared with each other. Should two of them differ, or two requests have
+one key, all keys of the job are made with BLAKE2 instead, of which no collision is known. What a row of an earlier run
+said is not kept: there, a key of 128 bits stands for it.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +29,7 @@ from xxhash import xxh3_128_digest
 from batchllm.core import IntArray, PromptTable, RequestTable, SamplingParams
 
 KeyArray = NDArray[np.uint64]  # [n, 2]
+Digest = Callable[[bytes], bytes]  # 16 bytes
 
 _ID_CHUNK_ROWS = 65_536
 
@@ -36,14 +42,24 @@ def make_requests(prompts: PromptTable, ids: pa.ChunkedArray | None, configurati
     """
     if ids is not None and len(ids) != prompts.num_rows:
         raise AssertionError(f"{len(ids)} ids for {prompts.num_rows} rows")
-    digests = _row_digests(prompts, ids, configuration)
+    heads = [_framed(configuration, sampling_identity(params)) for params in prompts.params]
+    contents = _Contents(prompts, ids, heads)
+    digests = _digests(_Contents(prompts, ids, [xxh3_128_digest(head) for head in heads]), xxh3_128_digest)
+    requests = _request_table(prompts, digests, xxh3_128_digest)
+    if _are_confused(digests, contents) or not _are_unique(requests.key):
+        requests = _request_table(prompts, _digests(contents, _blake2), _blake2)
+    return requests
+
+
+def _request_table(prompts: PromptTable, digests: KeyArray, digest: Digest) -> RequestTable:
     occurrence = rank_among_equals(digests)
     samples_of = np.array([p.n for p in prompts.params], dtype=np.int64)
     per_row = samples_of[prompts.params_of] if prompts.num_rows else np.zeros(0, dtype=np.int64)
     row = np.repeat(np.arange(prompts.num_rows, dtype=np.int64), per_row)
     first = np.cumsum(per_row) - per_row
     sample = (np.arange(len(row)) - first[row]).astype(np.int32)
-    return RequestTable(row=row, sample=sample, key=_request_keys(digests[row], occurrence[row], sample))
+    key = _request_keys(digests[row], occurrence[row], sample, digest)
+    return RequestTable(row=row, sample=sample, key=key)
 
 
 def sampling_identity(params: SamplingParams) -> bytes:
@@ -91,45 +107,73 @@ def _equal_runs(keys: KeyArray) -> tuple[IntArray, IntArray]:
     return order, starts
 
 
-def _row_digests(prompts: PromptTable, ids: pa.ChunkedArray | None, configuration: bytes) -> KeyArray:
-    heads = [xxh3_128_digest(_framed(configuration, sampling_identity(p))) for p in prompts.params]
-    tokens = np.ascontiguousarray(prompts.tokens).view(np.uint8).data
-    out = bytearray()
-    position = 0
-    for row_id in _id_bytes(ids, prompts.num_rows):
-        row, position = position, position + 1
+class _Contents:
+    """The bytes that tell rows apart. `heads`, one for each parameter set, must differ and none begin with another."""
+
+    def __init__(self, prompts: PromptTable, ids: pa.ChunkedArray | None, heads: Sequence[bytes]) -> None:
+        self._prompts, self._ids, self._heads = prompts, ids, heads
+        self._tokens = np.ascontiguousarray(prompts.tokens).view(np.uint8).data
+
+    def of(self, row: int) -> bytes:
+        """Of one row."""
+        return self._content(row, b"" if self._ids is None else _id_bytes(self._ids[row].as_py()))
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Of all rows, in order; faster than one by one."""
+        for start in range(0, self._prompts.num_rows, _ID_CHUNK_ROWS):
+            count = min(_ID_CHUNK_ROWS, self._prompts.num_rows - start)
+            ids = None if self._ids is None else self._ids.slice(start, count).to_pylist()
+            for number in range(count):
+                yield self._content(start + number, b"" if ids is None else _id_bytes(ids[number]))
+
+    def _content(self, row: int, row_id: bytes) -> bytes:
+        prompts = self._prompts
         if row in prompts.faults:
-            out += xxh3_128_digest(_framed(b"fault", prompts.faults[row].encode(errors="replace"), row_id))
-            continue
+            return _framed(b"fault", prompts.faults[row].encode(errors="replace"), row_id)
         start, end = 4 * int(prompts.offsets[row]), 4 * int(prompts.offsets[row + 1])
-        head = heads[prompts.params_of[row]]
-        out += xxh3_128_digest(b"".join((head, struct.pack("<q", len(row_id)), row_id, tokens[start:end])))
-    return _as_keys(bytes(out))
+        head = self._heads[prompts.params_of[row]]
+        return b"".join((head, struct.pack("<q", len(row_id)), row_id, self._tokens[start:end]))
 
 
-def _request_keys(digests: KeyArray, occurrence: IntArray, sample: NDArray[np.int32]) -> KeyArray:
+def _digests(contents: _Contents, digest: Digest) -> KeyArray:
+    return _as_keys(b"".join(digest(content) for content in contents))
+
+
+def _are_confused(digests: KeyArray, contents: _Contents) -> bool:
+    """Whether two rows with the same digest have different contents."""
+    order, starts = _equal_runs(digests)
+    repeated = np.flatnonzero(starts < np.arange(len(order)))
+    pairs = zip(order[repeated].tolist(), order[starts[repeated]].tolist())
+    return any(contents.of(row) != contents.of(first) for row, first in pairs)
+
+
+def _are_unique(keys: KeyArray) -> bool:
+    _, starts = _equal_runs(keys)
+    return bool((starts == np.arange(len(keys))).all())
+
+
+def _blake2(content: bytes) -> bytes:
+    return blake2b(content, digest_size=16).digest()
+
+
+def _request_keys(
+    digests: KeyArray, occurrence: IntArray, sample: NDArray[np.int32], digest: Digest
+) -> KeyArray:
     parts = np.empty((len(digests), 4), dtype="<u8")
     parts[:, :2] = digests
     parts[:, 2] = occurrence
     parts[:, 3] = sample
     raw = parts.tobytes()
-    return _as_keys(b"".join(xxh3_128_digest(raw[i : i + 32]) for i in range(0, len(raw), 32)))
+    return _as_keys(b"".join(digest(raw[i : i + 32]) for i in range(0, len(raw), 32)))
 
 
-def _id_bytes(ids: pa.ChunkedArray | None, num_rows: int) -> Iterator[bytes]:
-    """One byte string per row: what its id adds to its digest. Without an id column, nothing."""
-    if ids is None:
-        for _ in range(num_rows):
-            yield b""
-        return
-    for start in range(0, num_rows, _ID_CHUNK_ROWS):
-        for value in ids.slice(start, _ID_CHUNK_ROWS).to_pylist():
-            if isinstance(value, str):
-                yield b"t" + value.encode(errors="surrogatepass")
-            elif isinstance(value, bytes):
-                yield b"b" + value
-            else:
-                yield b"v" + repr(value).encode(errors="surrogatepass")
+def _id_bytes(value: object) -> bytes:
+    """What an id adds to its row's content."""
+    if isinstance(value, str):
+        return b"t" + value.encode(errors="surrogatepass")
+    if isinstance(value, bytes):
+        return b"b" + value
+    return b"v" + repr(value).encode(errors="surrogatepass")
 
 
 def _framed(*fields: bytes) -> bytes:

@@ -46,12 +46,45 @@ class TokenStoreWriter:
         self.close()
 
 
+class DamagedStore(ValueError):
+    """What is on disk is not what a writer has closed. The message names the file."""
+
+
 def open_tokens(path: Path) -> tuple[TokenArray, IntArray]:
-    """(tokens [total], offsets [rows + 1]) of a closed store; the tokens are memory-mapped, read-only."""
-    offsets = np.load(_offsets_path(path))
-    if offsets[-1] == 0:  # an empty file cannot be mapped
+    """(tokens [total], offsets [rows + 1]) of a closed store; the tokens are memory-mapped, read-only.
+
+    Raises DamagedStore where the two files cannot belong together. Tokens are not looked at: the planner refuses
+    negative ones, and `limits` those that the model does not know.
+    """
+    offsets = _read_offsets(_offsets_path(path))
+    try:
+        stored = path.stat().st_size
+    except OSError as error:
+        raise DamagedStore(f"{path}: the token store cannot be read: {error.strerror}") from None
+    wanted = int(offsets[-1]) * np.dtype(np.int32).itemsize
+    if stored != wanted:
+        raise DamagedStore(
+            f"{path}: the token store is damaged: it has {stored:,} bytes instead of {wanted:,}"
+        )
+    if not wanted:  # an empty file cannot be mapped
         return np.empty(0, np.int32), offsets
-    return np.memmap(path, np.int32, mode="r", shape=(int(offsets[-1]),)), offsets
+    return np.memmap(path, np.int32, mode="r"), offsets
+
+
+def _read_offsets(path: Path) -> IntArray:
+    try:
+        offsets = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise DamagedStore(
+            f"{path}: the token store is damaged: its offsets cannot be read: {error}"
+        ) from None
+    whole = (
+        isinstance(offsets, np.ndarray) and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets)
+    )
+    if not whole or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise DamagedStore(f"{path}: the token store is damaged: its offsets do not ascend from 0")
+    found: IntArray = offsets
+    return found
 
 
 def _offsets_path(path: Path) -> Path:
