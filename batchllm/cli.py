@@ -14,6 +14,8 @@ from types import FrameType
 
 import click
 
+from batchllm.chunks_cli import chunks
+
 # Everything else is imported where it is used: help and wrong arguments must not wait for torch.
 
 EXIT_OK, EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -110,6 +112,9 @@ def plan(
     report = explain_job(spec, hardware, workers, quiet=quiet)
     click.echo(plan_json(report) if as_json else plan_text(report))
     return EXIT_OK
+
+
+cli.add_command(chunks)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

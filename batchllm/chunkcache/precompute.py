@@ -1,0 +1,126 @@
+"""Computes the KV of the chunks of one prompt, with the statistics that the reuse decision needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchllm.chunkcache.chunk_file import ChunkHeader, ChunkStatistics, EncodedLayer
+from batchllm.chunkcache.codecs import Codec
+from batchllm.chunkcache.identity import ChunkContext, chunk_context, chunk_key
+from batchllm.chunkcache.key_rotation import KeyRotation
+from batchllm.chunkcache.request_kv import RequestKv
+from batchllm.core import TokenArray
+from batchllm.executor.model import ModelRunner
+
+
+@dataclass(frozen=True)
+class ChunkedPrompt:
+    """Tokens, and which stretches of them are chunks: ascending, apart from each other, none empty."""
+
+    tokens: TokenArray
+    chunks: tuple[tuple[int, int], ...]  # (first position, one past the last)
+
+    def chunk_tokens(self, index: int) -> TokenArray:
+        begin, end = self.chunks[index]
+        return self.tokens[begin:end]
+
+    def context(self, index: int, keys: Sequence[bytes]) -> ChunkContext:
+        """What stands before a chunk. `keys`: of all chunks of the prompt."""
+        return chunk_context(self.tokens[: self.chunks[index][0]], keys[:index])
+
+
+@dataclass(frozen=True)
+class ComputedChunk:
+    """A chunk's KV as it goes into a store."""
+
+    tokens: TokenArray
+    context: ChunkContext
+    statistics: ChunkStatistics
+    keys: list[Tensor]  # by layer [tokens, heads, dim], before RoPE
+    values: list[Tensor]
+
+    def header(self, model: bytes, codec: Codec, dtype: str) -> ChunkHeader:
+        key = chunk_key(model, self.tokens)
+        return ChunkHeader(model, key, self.tokens, self.context, self.statistics, codec.name, dtype)
+
+    def encoded(self, codec: Codec) -> list[EncodedLayer]:
+        return [encode_layer(codec, key, value) for key, value in zip(self.keys, self.values)]
+
+
+def encode_layer(codec: Codec, key: Tensor, value: Tensor) -> EncodedLayer:
+    """K before RoPE and V [tokens, heads, dim] of one layer, one after the other."""
+    data = torch.cat((codec.encode(key, "key"), codec.encode(value, "value")))
+    return EncodedLayer(key.shape[1], key.shape[2], value.shape[2], data.cpu().numpy())
+
+
+def decode_layer(
+    codec: Codec, layer: EncodedLayer, num_tokens: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(K before RoPE, V) [tokens, heads, dim] as `dtype`."""
+    data = torch.from_numpy(layer.data)
+    end = codec.num_bytes(num_tokens, layer.heads, layer.key_dim, "key")
+    key = codec.decode(data[:end], num_tokens, layer.heads, layer.key_dim, "key", dtype)
+    value = codec.decode(data[end:], num_tokens, layer.heads, layer.value_dim, "value", dtype)
+    return key, value
+
+
+def compute_chunks(
+    model: ModelRunner, rotation: KeyRotation, prompt: ChunkedPrompt, identity: bytes
+) -> list[ComputedChunk]:
+    """Runs the prompt up to the end of its last chunk and returns every chunk of it, in order."""
+    end = prompt.chunks[-1][1] if prompt.chunks else 0
+    if not end:
+        return []
+    observed = _AttentionSums(prompt, end, len(model.layers))
+    kv = RequestKv(model, end)
+    device = kv.keys[0].device
+    positions = torch.arange(end, device=device)
+    tokens = torch.from_numpy(np.array(prompt.tokens[:end], dtype=np.int64)).to(device)
+    kv.compute(tokens, positions, observe=observed.add, last_layer=len(model.layers) - 1)
+    placed = rotation.at(positions)
+    unturned = [placed.undo(layer, key) for layer, key in enumerate(kv.keys)]
+    keys = [chunk_key(identity, prompt.chunk_tokens(index)) for index in range(len(prompt.chunks))]
+    return [
+        ComputedChunk(
+            prompt.chunk_tokens(index),
+            prompt.context(index, keys),
+            observed.statistics(index),
+            [key[begin:stop].clone() for key in unturned],
+            [value[begin:stop].clone() for value in kv.values],
+        )
+        for index, (begin, stop) in enumerate(prompt.chunks)
+    ]
+
+
+class _AttentionSums:
+    """Attention from every token to every chunk, averaged over heads and layers, as it is computed."""
+
+    def __init__(self, prompt: ChunkedPrompt, end: int, num_layers: int):
+        self._chunks, self._num_layers = prompt.chunks, num_layers
+        self._within = torch.zeros(
+            end, len(prompt.chunks)
+        )  # [tokens, chunks] 1 where the token is in the chunk
+        for index, (begin, stop) in enumerate(prompt.chunks):
+            self._within[begin:stop, index] = 1
+        self._to_chunk = torch.zeros(end, len(prompt.chunks))
+
+    def add(self, layer: int, weights: Tensor) -> None:
+        self._to_chunk += torch.matmul(weights.mean(dim=0).cpu(), self._within) / self._num_layers
+
+    def statistics(self, index: int) -> ChunkStatistics:
+        begin, stop = self._chunks[index]
+        own = self._to_chunk[begin:stop]  # [tokens, chunks]
+        lengths = np.array([end - start for start, end in self._chunks[:index]], dtype=np.float64)
+        to_each = own[:, :index].sum(dim=0).double().numpy()
+        size = stop - begin
+        return ChunkStatistics(
+            own[:, :index].sum(dim=1).numpy(),
+            to_each.astype(np.float32),
+            float((to_each / (lengths * size)).sum()),
+            float(own[:, index].sum()) / size**2,
+        )
