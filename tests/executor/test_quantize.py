@@ -48,6 +48,21 @@ def oracle(model_type: str, quantization: str) -> Any:
     return model
 
 
+def assert_same(model: Any, prompt: list[int], ours: list[int], theirs: list[int], exact: bool) -> None:
+    """Token for token; unless `exact`, two tokens that are as good as equally likely may be taken for each other.
+
+    Where inputs are rounded to integers, a last bit of a float decides now and then which integer it is.
+    """
+    if ours == theirs:
+        return
+    assert not exact
+    first = next(i for i, (left, right) in enumerate(zip(ours, theirs, strict=False)) if left != right)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *theirs[:first]]])).logits[0, -1]
+    gap = logits[theirs[first]] - logits[ours[first]]
+    assert gap < 0.02 * (logits.max() - logits.min())
+
+
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2"])  # two with fused layers, one without
 def test_greedy_tokens_are_those_of_the_quantised_transformers_model(
@@ -56,9 +71,12 @@ def test_greedy_tokens_are_those_of_the_quantised_transformers_model(
     runner = quantized(model_type, quantization)
     assert runner.fused == (model_type != "gemma2")
     model = oracle(model_type, quantization)
-    outcome = run(runner, PROMPTS, GREEDY)
-    for prompt, result in zip(PROMPTS, outcome.results, strict=True):
-        assert list(result.tokens) == generate_alone(model, prompt, GREEDY.max_tokens)
+    expected = [generate_alone(model, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+    fused = run(runner, PROMPTS, GREEDY).results
+    runner.unfuse()
+    for results in (fused, run(runner, PROMPTS, GREEDY).results):
+        for prompt, result, tokens in zip(PROMPTS, results, expected, strict=True):
+            assert_same(model, prompt, list(result.tokens), tokens, exact=quantization == "int8_weight_only")
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -81,14 +99,6 @@ def test_nothing_keeps_the_plain_weights_alive(quantization: str) -> None:
     assert {linear.weight.qdata.dtype for linear in linears} == {torch.int8}
     memory = {linear.weight.qdata.untyped_storage().data_ptr() for linear in linears}
     assert len(memory) == 4 * len(runner.layers)  # q, k, v and gate, up are rows of the fused weights
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_layers_taken_apart_are_quantised_too(quantization: str) -> None:
-    runner = quantized("llama", quantization)
-    fused = run(runner, PROMPTS, GREEDY).results
-    runner.unfuse()
-    assert run(runner, PROMPTS, GREEDY).results == fused
 
 
 def test_routers_and_output_projection_stay() -> None:
