@@ -1,0 +1,65 @@
+"""How attend_tiles is compiled for a model's heads on a device: tile sizes, warps, pipeline stages.
+
+The figures behind each choice (registers, shared memory, programs a multiprocessor holds) are in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchllm_kernels.tile_plan import TileShape
+
+_WIDE = 128  # head dims beyond this need smaller pages and more warps
+_SMALL_ROWS, _LARGE_ROWS = 16, 64
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Compile options of one attend_tiles kernel."""
+
+    page_size: int
+    small_rows: int
+    large_rows: int
+    group_splits: int
+    num_warps: int
+    stages: int
+    descriptors: bool  # pages are fetched by the tensor memory accelerator (Hopper and later)
+
+    def tile_shape(self, heads: int, kv_heads: int) -> TileShape:
+        """What the planner has to know."""
+        heads_per_row = -(-heads // kv_heads // self.group_splits)
+        return TileShape(
+            self.page_size, self.small_rows, self.large_rows, heads_per_row, kv_heads * self.group_splits
+        )
+
+
+def best_page_size(dim: int, value_dim: int) -> int:
+    """Tokens a page for a model whose heads have these sizes."""
+    return 64 if _padded(max(dim, value_dim)) <= _WIDE else 32
+
+
+def tile_config(
+    heads: int, kv_heads: int, dim: int, value_dim: int, target: str, page_size: int | None = None
+) -> TileConfig:
+    """target: "sm_90", "sm_80", "gfx942", ... as `compile_check.TARGETS`; "cpu" for the interpreter.
+    page_size: of a pool that is there already; a power of two, at least 16.
+
+    Stages: page ids are loaded before pages, and Triton shares the stages between the two: 5 gives two buffers of KV,
+    3 only one. Parts of the chip with less shared memory (sm_80, AMD) get fewer.
+    """
+    wide = _padded(max(dim, value_dim)) > _WIDE
+    hopper = target.startswith("sm_") and int(target[3:].rstrip("af")) >= 90
+    return TileConfig(
+        page_size=page_size or best_page_size(dim, value_dim),
+        small_rows=_SMALL_ROWS,
+        large_rows=_LARGE_ROWS,
+        group_splits=-(-heads // kv_heads // _LARGE_ROWS),
+        num_warps=8 if wide else 4,
+        stages=5 if hopper else 3 if target.startswith("sm_") else 2,
+        descriptors=hopper,
+    )
+
+
+def _padded(dim: int) -> int:
+    """The power of two that a dimension is computed with."""
+    return 1 << (dim - 1).bit_length()
