@@ -71,7 +71,8 @@ class Int8DynamicLinear(nn.Module):
         """`linear` holds a weight that torchao has quantised for int8_dynamic."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight: Any = linear.weight  # torchao's tensor, with fields of its own
+        self.bias = linear.bias
         # Without VNNI, products of two full int8 numbers would overflow; torchao then halves their range.
         self._largest = 63 if self.weight.reduce_range else 127
 
@@ -137,6 +138,6 @@ def _by_memory(linears: list[nn.Linear]) -> list[tuple[nn.Linear, dict[nn.Linear
 def _rows_within(part: Tensor, whole: Tensor) -> slice | None:
     if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         return None
-    first, offset = divmod(part.storage_offset() - whole.storage_offset(), whole.shape[1])
+    first, offset = divmod(int(part.storage_offset() - whole.storage_offset()), whole.shape[1])
     inside = offset == 0 and 0 <= first <= len(whole) - len(part)
     return slice(first, first + len(part)) if inside and part.stride() == whole.stride() else None

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from batchllm.core import SamplingParams
-from batchllm.executor import attention_plan
+from batchllm.executor import attention_bands, attention_plan
 from batchllm.executor.model import ModelRunner, prepare_model
+from batchllm.planner.lengths import LengthEstimator
 from tests.executor.harness import run
 from tests.executor.tiny_models import VOCABULARY, configurations, generate_alone, make_model
 
@@ -46,13 +47,12 @@ def oracle(architecture: str) -> tuple[ModelRunner, list[list[int]], list[list[i
     return prepare_model(model), prompts, expected
 
 
-class Optimist:
+class Optimist(LengthEstimator):
     """Expects every sequence to end at once, so that memory runs out and sequences have to step back."""
 
-    def observe(self, params: int, length: int) -> None:
-        pass
-
-    def estimate(self, params: np.ndarray, decoded: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    def estimate(
+        self, params: np.ndarray, decoded: np.ndarray, limits: np.ndarray, group: np.ndarray
+    ) -> np.ndarray:
         return np.ones(len(decoded), dtype=np.int64)
 
 
@@ -74,7 +74,9 @@ def test_greedy_output_equals_transformers(
 ) -> None:
     if variant == "long chunks":  # the paths that prompts of hundreds of tokens take
         monkeypatch.setattr(attention_plan, "_SHORT", 6)
+        monkeypatch.setattr(attention_plan, "_LONG_TILE_ROWS", 8)
         monkeypatch.setattr(attention_plan, "_FEW", 1)
+        monkeypatch.setattr(attention_bands, "_CHEAP_SCORES", 100)
     runner, prompts, expected = oracle(architecture)
     if variant == "fused":
         fused = runner.fuse()
