@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from batchllm.core import Plan, PromptTable, RequestTable, SequenceResult
-from batchllm.executor.attention_cpu import CpuStepAttention
-from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.backend import Backend, CpuBackend
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.running import Running
 from batchllm.executor.sampler import choose_tokens, token_logprobs
@@ -57,11 +56,13 @@ class Engine:
         options: EngineOptions,
         estimator: LengthEstimator | None = None,
         trace: StepTrace | None = None,
+        backend: Backend | None = None,
     ):
         self.model, self.plan, self.stop_rules = model, plan, stop_rules
         self.trace = trace
         self.stats = EngineStats()
-        self.pool = KvPool(model.layers, options.kv_tokens, model.dtype)
+        self.backend: Backend = backend or CpuBackend()
+        self.pool = self.backend.make_pool(model.layers, options.kv_tokens, model.dtype)
         self.scheduler = Scheduler(
             plan,
             prompts,
@@ -98,7 +99,7 @@ class Engine:
         """[L, V] logits of this step, and keeps those that later sequences start from."""
         if not len(batch.tokens):
             return torch.empty(0, 0)
-        attention = CpuStepAttention(self.pool, batch)
+        attention = self.backend.attention(self.pool, batch)
         self._lap("prepare")
         logits = self.model.forward(batch, attention)
         for node, row in batch.keep_logits:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -41,6 +42,10 @@ class Extent:
     @property
     def end(self) -> int:
         return self.offset + self.capacity
+
+    def slots(self, first: int, count: int) -> NDArray[np.int64]:
+        """Pool slots of `count` of the extent's slots, from the `first` one on."""
+        return np.arange(self.offset + first, self.offset + first + count)
 
 
 def bytes_per_token(layers: Sequence[LayerKv], dtype: torch.dtype) -> int:

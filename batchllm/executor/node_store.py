@@ -10,16 +10,16 @@ from __future__ import annotations
 import numpy as np
 
 from batchllm.core import Plan
-from batchllm.executor.kv_pool import Extent, KvPool
+from batchllm.executor.kv_memory import KvExtent, KvMemory
 
 
 class NodeStore:
     """KV state of every node. Positions are absolute; `computed` counts a node's own tokens from its start."""
 
-    def __init__(self, plan: Plan, pool: KvPool):
+    def __init__(self, plan: Plan, pool: KvMemory):
         self.plan = plan
         self.pool = pool
-        self.extent: list[Extent | None] = [None] * plan.num_nodes
+        self.extent: list[KvExtent | None] = [None] * plan.num_nodes
         self.computed = np.zeros(plan.num_nodes, dtype=np.int64)
         self.unfinished = plan.node_leaves.astype(np.int64)  # sequences at or below that have not finished
         self.users = np.zeros(plan.num_nodes, dtype=np.int64)  # running sequences at or below
@@ -42,7 +42,7 @@ class NodeStore:
         """Own prompt tokens of a node."""
         return int(self.plan.node_end[node] - self.plan.node_start[node])
 
-    def place(self, node: int, extent: Extent) -> tuple[Extent, int] | None:
+    def place(self, node: int, extent: KvExtent) -> tuple[KvExtent, int] | None:
         """Gives a node its memory. Returns (donor's extent, tokens) to copy into it first, if the donor is there."""
         self.extent[node] = extent
         self.computed[node] = 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from batchllm.core import Plan, PromptTable
 from batchllm.executor.admission import Admission
-from batchllm.executor.kv_pool import Extent, KvPool
+from batchllm.executor.kv_memory import KvExtent, KvMemory
 from batchllm.executor.node_store import NodeStore
 from batchllm.executor.running import Running
 from batchllm.executor.step import Sample, StepBatch
@@ -32,7 +32,7 @@ class Scheduler:
         self,
         plan: Plan,
         prompts: PromptTable,
-        pool: KvPool,
+        pool: KvMemory,
         estimator: LengthEstimator,
         max_step_tokens: int,
         max_length: int | None,
@@ -155,7 +155,7 @@ class Scheduler:
         else:
             self._step_back(next(reversed(self.running.values())))
 
-    def _leaf_extent(self, run: Running) -> Extent:
+    def _leaf_extent(self, run: Running) -> KvExtent:
         extent = self.nodes.extent[run.leaf]
         assert extent is not None, "a running sequence has no KV"
         return extent
@@ -327,7 +327,7 @@ class Scheduler:
             self._queue.append((run.leaf, run))
         return True
 
-    def _allocate(self, sizes: list[int], path: tuple[int, ...], alone: bool) -> list[Extent] | None:
+    def _allocate(self, sizes: list[int], path: tuple[int, ...], alone: bool) -> list[KvExtent] | None:
         """Extents of the given sizes, or None with nothing changed but memory tidied."""
         for attempt in range(4):
             if attempt == 1 and not self.nodes.drop_held():
@@ -343,8 +343,8 @@ class Scheduler:
                 return extents
         return None
 
-    def _try_allocate(self, sizes: list[int]) -> list[Extent] | None:
-        extents: list[Extent] = []
+    def _try_allocate(self, sizes: list[int]) -> list[KvExtent] | None:
+        extents: list[KvExtent] = []
         for index, size in enumerate(sizes):
             extent = self.pool.allocate(size, high=index < len(sizes) - 1)  # the leaf is last
             if extent is None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from batchllm.executor.kv_pool import Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +20,7 @@ class Chunk:
     count: int
     position: int  # absolute position of the first token
     node_start: int  # absolute position of the first slot of `extent`
-    extent: Extent
+    extent: Any  # a kv_memory.KvExtent, of the kind that the step's attention reads
 
     @property
     def held_before(self) -> int:
@@ -33,7 +32,7 @@ class Chunk:
 class SharedRead:
     """One shared node read by tokens below it: `chunks` are the readers."""
 
-    extent: Extent
+    extent: Any
     start: int  # absolute position of the first token of the node
     length: int
     chunks: list[Chunk] = field(default_factory=list)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from batchllm.executor.kv_pool import Extent
+from batchllm.executor.kv_memory import KvExtent
 from batchllm.executor.step import Chunk, Sample, SharedRead, StepBatch
 
-Ancestor = tuple[int, Extent, int, int]  # node, extent, absolute start, length
+Ancestor = tuple[int, KvExtent, int, int]  # node, extent, absolute start, length
 
 
 class StepBuilder:
@@ -25,14 +25,14 @@ class StepBuilder:
         self._reads: dict[int, SharedRead] = {}
         self._logit_rows: list[int] = []
         self._logit_row_of_node: dict[int, int] = {}
-        self._copies: list[tuple[Extent, Extent, int]] = []
+        self._copies: list[tuple[KvExtent, KvExtent, int]] = []
 
     def add_chunk(
         self,
         tokens: NDArray[np.int64],
         position: int,
         node_start: int,
-        extent: Extent,
+        extent: KvExtent,
         ancestors: list[Ancestor],
         prompt_tokens: int,
     ) -> None:
@@ -44,7 +44,7 @@ class StepBuilder:
         self.size += len(tokens)
         self.prompt_tokens += prompt_tokens
 
-    def add_copy(self, source: Extent, target: Extent, tokens: int) -> None:
+    def add_copy(self, source: KvExtent, target: KvExtent, tokens: int) -> None:
         self._copies.append((source, target, tokens))
 
     def read_last_logits(self, node: int) -> int:
@@ -63,7 +63,7 @@ class StepBuilder:
 
     def build(self) -> StepBatch:
         positions = [np.arange(chunk.position, chunk.position + chunk.count) for chunk in self._chunks]
-        slots = [np.arange(chunk.count) + (chunk.extent.offset + chunk.held_before) for chunk in self._chunks]
+        slots = [chunk.extent.slots(chunk.held_before, chunk.count) for chunk in self._chunks]
         copy_from, copy_to = self._resolve_copies()
         return StepBatch(
             tokens=_joined(self._tokens),
@@ -85,12 +85,12 @@ class StepBuilder:
         origin: dict[int, NDArray[np.int64]] = {}  # by id of the extent copied to
         sources, targets = [], []
         for source, target, tokens in self._copies:
-            slots = np.arange(source.offset, source.offset + tokens)
+            slots = source.slots(0, tokens)
             known = origin.get(id(source), slots[:0])[:tokens]
             slots[: len(known)] = known
             origin[id(target)] = slots
             sources.append(slots)
-            targets.append(np.arange(target.offset, target.offset + tokens))
+            targets.append(target.slots(0, tokens))
         return _joined(sources), _joined(targets)
 
 

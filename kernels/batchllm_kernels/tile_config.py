@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from batchllm_kernels.tile_plan import TileShape
 
 _WIDE = 128  # head dims beyond this need smaller pages and more warps
-_SMALL_ROWS, _LARGE_ROWS = 16, 64
+_SMALL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,19 @@ def tile_config(
     page_size: of a pool that is there already; a power of two, at least 16.
 
     Stages: page ids are loaded before pages, and Triton shares the stages between the two: 5 gives two buffers of KV,
-    3 only one. Parts of the chip with less shared memory (sm_80, AMD) get fewer.
+    3 only one. Chips that fetch pages by pointer keep addresses in registers: smaller tiles, or registers spill.
     """
     wide = _padded(max(dim, value_dim)) > _WIDE
-    hopper = target.startswith("sm_") and int(target[3:].rstrip("af")) >= 90
+    descriptors = target.startswith("sm_") and int(target[3:].rstrip("af")) >= 90
+    large_rows = 64 if descriptors else 32
     return TileConfig(
         page_size=page_size or best_page_size(dim, value_dim),
         small_rows=_SMALL_ROWS,
-        large_rows=_LARGE_ROWS,
-        group_splits=-(-heads // kv_heads // _LARGE_ROWS),
+        large_rows=large_rows,
+        group_splits=-(-heads // kv_heads // large_rows),
         num_warps=8 if wide else 4,
-        stages=5 if hopper else 3 if target.startswith("sm_") else 2,
-        descriptors=hopper,
+        stages=5 if descriptors else 3 if target.startswith("sm_") else 2,
+        descriptors=descriptors,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from batchllm.core import Plan, PromptTable, RequestTable, SamplingParams, SequenceResult
+from batchllm.executor.backend import Backend
 from batchllm.executor.engine import Engine, EngineOptions, EngineStats
 from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.executor.stopping import StopRules
@@ -50,6 +51,7 @@ def run(
     keys: np.ndarray | None = None,
     estimator: Any = None,
     trace: StepTrace | None = None,
+    backend: Backend | None = None,
     check: bool = True,
 ) -> Outcome:
     """One result a request. With `check`, KV bookkeeping is verified after every step."""
@@ -59,7 +61,7 @@ def run(
     plan = build_plan(table, requests, todo, PlanOptions(min_shared_tokens=min_shared_tokens))
     options = EngineOptions(kv_tokens=kv_tokens, max_step_tokens=max_step_tokens)
     engine = Engine(
-        runner, plan, table, requests, StopRules(frozenset([EOS]), None), options, estimator, trace
+        runner, plan, table, requests, StopRules(frozenset([EOS]), None), options, estimator, trace, backend
     )
     by_request: list[SequenceResult | None] = [None] * len(requests)
     for finished in engine.run():
