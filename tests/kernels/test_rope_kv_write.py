@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from batchllm_kernels.compile_check import TARGETS, Compiler
-from batchllm_kernels.rope_kv_write import rope_kv_write, rope_kv_write_kernel, rope_kv_write_reference
+from batchllm_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -129,43 +128,3 @@ def test_an_empty_step(device: torch.device) -> None:
     empty = {name: getattr(step, name)[:0] for name in ("query", "key", "value", "slots", "positions")}
     assert rope_kv_write(**step.tensors(**empty)).shape == (0, QUERY_HEADS, WIDTH)
     assert torch.equal(step.key_pool, before)
-
-
-def default_arguments(width: int, pool: str, with_norm: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """Signature and constexprs of a Llama- or Qwen3-shaped layer."""
-    half, quantised = width // 2, pool != "*bf16"
-    signature = dict.fromkeys(("Query", "Key", "Value", "Cos", "Sin", "Output"), "*bf16")
-    signature |= {"KeyPool": pool, "ValuePool": pool, "Slots": "*i32", "Positions": "*i32", "epsilon": "fp32"}
-    signature |= {name: "i32:16" for name in rope_kv_write_kernel.arg_names if name.startswith("stride")}
-    constexprs: dict[str, Any] = {
-        **{"QUERY_HEADS": 32, "KV_HEADS": 8, "WIDTH": width, "VALUE_WIDTH": width, "HALF": half, "PAGE": 64},
-        **{"BLOCK_HEADS": 1024 // width, "BLOCK_HALF": half, "BLOCK_REST": 0, "BLOCK_VALUE": width},
-        **{"INTERLEAVED": False, "BY_POSITION": True, "HAS_NORM": with_norm, "ONE_PLUS": False},
-        **{"LARGEST": 448.0 if quantised else 0.0, "KEY_SCALE_STRIDE": 0, "VALUE_SCALE_STRIDE": 0},
-    }
-    for names, present, pointer in (
-        (("QueryNorm", "KeyNorm"), with_norm, "*bf16"),
-        (("KeyScale", "ValueScale"), quantised, "*fp32"),
-    ):
-        if present:
-            signature |= dict.fromkeys(names, pointer)
-        else:
-            constexprs |= dict.fromkeys(names)
-    return signature, constexprs
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("width", "quantised", "with_norm"),
-    [(128, False, False), (128, False, True), (128, True, True), (64, False, False), (256, False, True)],
-)
-def test_compiles_without_spills(
-    compiler: Compiler, target: str, width: int, quantised: bool, with_norm: bool
-) -> None:
-    if quantised and target == "sm_80":
-        pytest.skip("sm_80 has no 8-bit floats")
-    eight_bits = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
-    signature, constexprs = default_arguments(width, eight_bits if quantised else "*bf16", with_norm)
-    compiled = compiler.compile_for(rope_kv_write_kernel, signature, constexprs, target, num_warps=2)
-    assert compiled.spills == 0
-    assert compiled.registers <= 48

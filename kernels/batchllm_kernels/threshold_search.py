@@ -1,0 +1,133 @@
+"""Searches over a row of logits without sorting it: parts of the sampler's kernel.
+
+A token's gap is the largest logit minus its own, a float of at least 0. Gaps are compared by their bits: as integers
+these have the order of the floats. Nearer tokens have smaller gaps, so larger probabilities. A token's weight is
+exp(-gap / temperature) as an integer, in units of 2^-40; `slope` is -log2(e) / temperature.
+
+`Logits` points to `count` contiguous logits: the row itself or candidates picked from it. Loops do not hoist what is
+the same in every round: it would be kept in registers, and there are none to spare.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from batchllm_kernels import interpreter  # noqa: F401 - prepares the interpreter where it runs the kernels
+
+_UNIT = tl.constexpr(1099511627776.0)  # 2^40: the weights of 2^20 tokens cannot overflow int64
+
+
+@triton.jit
+def largest_logit(Logits, count, BLOCK: tl.constexpr):
+    """(largest logit as float32, the first position that has it)"""
+    lane = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    position = lane
+    for start in tl.range(0, count, BLOCK, disable_licm=True):
+        column = start + lane
+        logits = tl.load(Logits + column, mask=column < count, other=float("-inf")).to(tl.float32)
+        larger = logits > largest
+        largest = tl.where(larger, logits, largest)
+        position = tl.where(larger, column, position)
+    of_row = tl.max(largest, axis=0)
+    return of_row, tl.min(tl.where(largest == of_row, position, count), axis=0)
+
+
+@triton.jit
+def _gaps(Logits, column, count, largest):
+    """Bits of the gaps at these positions; beyond the row, infinity's."""
+    logits = tl.load(Logits + column, mask=column < count, other=float("-inf")).to(tl.float32)
+    return (largest - logits).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _weights(gaps, slope):
+    return (tl.exp2(gaps.to(tl.float32, bitcast=True) * slope) * _UNIT).to(tl.int64)
+
+
+@triton.jit
+def _amounts(Logits, start, count, largest, slope, by_weight, low, high, BLOCK: tl.constexpr):
+    """Weights, or ones, of the tokens from `start` on that have gap bits in [low, high); 0 for others."""
+    gaps = _gaps(Logits, start + tl.arange(0, BLOCK), count, largest)
+    amounts = tl.where(by_weight, _weights(gaps, slope), 1)
+    return tl.where((gaps >= low) & (gaps < high), amounts, 0)
+
+
+@triton.jit
+def nearer_than(Logits, count, largest, slope, limit, BLOCK: tl.constexpr):
+    """(how many tokens have gap bits below `limit`, the sum of their weights)"""
+    tokens, weights = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int64)
+    for start in tl.range(0, count, BLOCK, disable_licm=True):
+        gaps = _gaps(Logits, start + tl.arange(0, BLOCK), count, largest)
+        nearer = gaps < limit
+        tokens += nearer.to(tl.int32)
+        weights += tl.where(nearer, _weights(gaps, slope), 0)
+    return tl.sum(tokens, axis=0), tl.sum(weights, axis=0)
+
+
+@triton.jit
+def bisect(
+    Logits, count, largest, slope, target, by_weight, limit, limit_tokens, limit_weight, BLOCK: tl.constexpr
+):
+    """Where a running sum in order of gaps first exceeds `target` (int64): of weights if `by_weight`, else of tokens.
+
+    The sum over gap bits below `limit`, known to the caller in both forms, must exceed it. Returns (low, high, rank,
+    through): the token has gap bits in [low, high), as has none with another gap; its rank among those, by position;
+    and the weight of all tokens in the order up to it, inclusive.
+    """
+    low, low_tokens, low_weight = tl.full((), 0, tl.int32), 0, tl.full((), 0, tl.int64)
+    steps = 0
+    while (limit - low > 1) & (limit_tokens - low_tokens > 1):
+        # Halving the gap soon leaves one token. Halving the bits ends soon where several are equal.
+        middle = low + (limit - low) // 2
+        if steps < 16:
+            gap = 0.5 * low.to(tl.float32, bitcast=True) + 0.5 * limit.to(tl.float32, bitcast=True)
+            middle = tl.minimum(tl.maximum(gap.to(tl.int32, bitcast=True), low + 1), limit - 1)
+        tokens, weight = nearer_than(Logits, count, largest, slope, middle, BLOCK)
+        if tl.where(by_weight, weight, tokens.to(tl.int64)) <= target:
+            low, low_tokens, low_weight = middle, tokens, weight
+        else:
+            limit, limit_tokens, limit_weight = middle, tokens, weight
+        steps += 1
+    each = (limit_weight - low_weight) // (limit_tokens - low_tokens)
+    rank = target - low_tokens
+    if by_weight:
+        rank = (target - low_weight) // each
+    return low, limit, rank, low_weight + (rank + 1) * each
+
+
+@triton.jit
+def first_past(Logits, count, largest, slope, target, by_weight, low, high, BLOCK: tl.constexpr):
+    """First position at which a running sum in order of position exceeds `target` (int64), over tokens with gap bits
+    in [low, high): of weights if `by_weight`, else of tokens. The sum over all must exceed it."""
+    start, passed = 0, tl.full((), 0, tl.int64)
+    total = tl.sum(_amounts(Logits, start, count, largest, slope, by_weight, low, high, BLOCK), axis=0)
+    while (passed + total <= target) & (start + BLOCK < count):
+        passed += total
+        start += BLOCK
+        total = tl.sum(_amounts(Logits, start, count, largest, slope, by_weight, low, high, BLOCK), axis=0)
+    # It is in this block: running sums of a few positions at a time, which needs few registers.
+    FEW: tl.constexpr = 256 if BLOCK > 256 else BLOCK
+    position = start
+    for few in tl.range(start, start + BLOCK, FEW):
+        amounts = _amounts(Logits, few, count, largest, slope, by_weight, low, high, FEW)
+        running = passed + tl.cumsum(amounts, axis=0)
+        position += tl.sum((running <= target).to(tl.int32), axis=0)
+        passed = tl.max(running, axis=0)
+    return tl.minimum(position, count - 1)
+
+
+@triton.jit
+def pick_nearer(Logits, count, largest, limit, PickedLogits, PickedTokens, BLOCK: tl.constexpr):
+    """Copies logits and positions of tokens with gap bits below `limit`, in order of position."""
+    picked = 0
+    for start in tl.range(0, count, BLOCK, disable_licm=True):
+        column = start + tl.arange(0, BLOCK)
+        nearer = _gaps(Logits, column, count, largest) < limit
+        place = picked + tl.cumsum(nearer.to(tl.int32), axis=0) - 1
+        logits = tl.load(Logits + column, mask=nearer, other=0.0)
+        tl.store(PickedLogits + place, logits, mask=nearer)
+        tl.store(PickedTokens + place, column, mask=nearer)
+        picked += tl.sum(nearer.to(tl.int32), axis=0)
+    tl.debug_barrier()  # other threads of the program read what these wrote
