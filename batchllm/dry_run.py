@@ -68,9 +68,7 @@ def explain_job(
         lengths = LengthEstimator()
         with watch.time("plan"):
             requests = make_requests(prompts, None, b"")
-            draft = draft_plan(
-                prompts, requests, np.ones(len(requests), dtype=bool), plan_options(job, lengths)
-            )
+            draft = draft_plan(prompts, requests, np.ones(len(requests), dtype=bool), plan_options(job))
             teach(lengths, past, prompts.params, draft.row_group)
             draft = draft.expecting(lengths.mean_total)
         with watch.time("forecast"):

@@ -49,12 +49,12 @@ class Execution:
     store: ResultStore
     model: LoadedModel | None  # None: not loaded yet
     past: PastLengths | None  # answers of an earlier run
-    lengths: LengthEstimator = field(default_factory=LengthEstimator)
     distinct_tokens: int = 0  # of the prompts that had no answer yet
     plans: list[PlanStats] = field(default_factory=list)  # one after another, as for the following
     forecasts: list[Forecast | None] = field(default_factory=list)
     engines: list[EngineStats] = field(default_factory=list)
     planned_lengths: LengthErrors = field(default_factory=LengthErrors)  # as expected when they were planned
+    refreshed_lengths: LengthErrors = field(default_factory=LengthErrors)  # as expected just before each came
     kv_token_bytes: int = 0
     kv_budget_bytes: int = 0
 
@@ -71,21 +71,28 @@ def answer_all(run: Execution) -> None:
     hopeless, reason = too_long(prompts, requests, ~store.done, run.model.kv_tokens)
     store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"):
-        draft = draft_plan(prompts, requests, ~store.done, plan_options(job, run.lengths))
+        draft = draft_plan(prompts, requests, ~store.done, plan_options(job))
         run.distinct_tokens = draft.tree.distinct_tokens
         groups = draft.row_group
-        teach(run.lengths, run.past, prompts.params, groups)
-        own = own_lengths(store.path, store.parts, requests.row)
-        teach(run.lengths, own, prompts.params, groups, prompts.params_of)
         first = _first(draft, job.plan.sample_rows)
     if first is None:
-        _carry_out(run, draft.expecting(run.lengths.mean_total), "plan.parquet")
+        _carry_out(run, draft, _known_lengths(run, groups), "plan.parquet")
         return
     for requested, file in ((first, "plan-sample.parquet"), (~first, "plan.parquet")):
-        options = plan_options(job, run.lengths, groups)
         with run.watch.time("plan"):
-            draft = draft_plan(prompts, requests, requested & ~store.done, options)
-        _carry_out(run, draft, file)
+            draft = draft_plan(prompts, requests, requested & ~store.done, plan_options(job, groups))
+        _carry_out(run, draft, _known_lengths(run, groups), file)
+
+
+def _known_lengths(run: Execution, groups: NDArray[np.int32]) -> LengthEstimator:
+    """What earlier answers say about the next ones: of `plan.history`, and this job's own, a sample's included."""
+    estimator, params = LengthEstimator(run.refreshed_lengths), run.prompts.params
+    with run.watch.time("plan"):
+        run.store.flush()
+        own = own_lengths(run.store.path, run.store.parts, run.requests.row)
+        teach(estimator, run.past, params, groups)
+        teach(estimator, own, params, groups, run.prompts.params_of)
+    return estimator
 
 
 def _first(draft: PlanDraft, sample_rows: int | None) -> NDArray[np.bool_] | None:
@@ -112,23 +119,24 @@ def load_checked_model(job: JobSpec, watch: Stopwatch) -> LoadedModel:
     return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory))
 
 
-def _carry_out(run: Execution, draft: PlanDraft, file: str) -> None:
+def _carry_out(run: Execution, draft: PlanDraft, lengths: LengthEstimator, file: str) -> None:
     """Puts the draft in order and runs it. `file` is what its plan is kept as."""
     assert run.model is not None
     job, (model, kv_tokens) = run.job, run.model
     with run.watch.time("plan"), run.progress.stage("planning", len(draft.sequences.request)) as stage:
         memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens))
         model_fingerprint = fingerprint(job.model.path, job.model.quantize)
+        draft = draft.expecting(lengths.mean_total)
         plan, reason = plan_for_model(model, model_fingerprint, draft, job.engine.order, memory)
         stage.advance(plan.stats.requests, plan.stats.prompt_tokens)
     run.plans.append(plan.stats)
     run.progress.note(f"order: {reason}")
     if plan.num_sequences:
         write_plan(plan, job.output.path / "_run" / file)
-        _execute(run, plan, draft.expected_decode(plan))
+        _execute(run, plan, draft.expected_decode(plan), lengths)
 
 
-def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64]) -> None:
+def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: LengthEstimator) -> None:
     """Runs the plan and writes answers as they come. `expected` is the length of each sequence's output."""
     assert run.model is not None
     model, kv_tokens = run.model
@@ -139,8 +147,8 @@ def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64]) -> None:
 
     rules = StopRules(end_of_sequence_ids(model.model.generation_config, run.tokenizer), run.tokenizer)
     options = engine_options(plan, run.prompts, kv_tokens, run.job.engine.max_step_tokens)
-    run.forecasts.append(_forecast(run, plan, options))
-    engine = Engine(model, plan, run.prompts, run.requests, rules, options, run.lengths)
+    run.forecasts.append(_forecast(run, plan, lengths, options))
+    engine = Engine(model, plan, run.prompts, run.requests, rules, options, lengths)
     run.engines.append(engine.stats)
     run.kv_token_bytes = bytes_per_token(model.layers, model.dtype)
     run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
@@ -164,13 +172,15 @@ def _compare_lengths(
         errors.add(expected[[result.sequence for result in ended]], came)
 
 
-def _forecast(run: Execution, plan: Plan, options: EngineOptions) -> Forecast | None:
+def _forecast(
+    run: Execution, plan: Plan, lengths: LengthEstimator, options: EngineOptions
+) -> Forecast | None:
     """None when it fails: a run is not given up because it could not be foreseen."""
     assert run.model is not None
     with run.watch.time("plan"):
         try:
             model_fingerprint = fingerprint(run.job.model.path, run.job.model.quantize)
-            return forecast_run(run.model.model, model_fingerprint, plan, run.prompts, run.lengths, options)
+            return forecast_run(run.model.model, model_fingerprint, plan, run.prompts, lengths, options)
         except Exception as error:
             run.progress.note(f"no prediction of time and memory: {error or type(error).__name__}")
             return None

@@ -77,14 +77,11 @@ def combined_figures(forecasts: Sequence[Forecast | None]) -> dict[str, float]:
     return reduce(Forecast.then, known).figures() if known and len(known) == len(forecasts) else {}
 
 
-def plan_options(
-    job: JobSpec, lengths: LengthEstimator, row_group: NDArray[np.int32] | None = None
-) -> PlanOptions:
+def plan_options(job: JobSpec, row_group: NDArray[np.int32] | None = None) -> PlanOptions:
     """How a job is planned, by a run and by `batchllm plan` alike."""
     shortest = job.engine.min_shared_tokens
     return PlanOptions(
         min_shared_tokens=shortest if isinstance(shortest, int) else PlanOptions.min_shared_tokens,
-        decode_estimate=lengths.mean_total,
         row_group=row_group,
     )
 

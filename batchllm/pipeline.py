@@ -153,7 +153,10 @@ def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSum
         prompt_tokens_saved_by_reordering=reordering_saves,
         mean_output_tokens=output_tokens / max(1, sequences),
         predicted={} if interrupted else combined_figures(run.forecasts),
-        length_errors={"planned": run.planned_lengths.figures(), "refreshed": run.lengths.errors.figures()},
+        length_errors={
+            "planned": run.planned_lengths.figures(),
+            "refreshed": run.refreshed_lengths.figures(),
+        },
     )
     write_metrics(path / "_run" / "metrics.json", metrics)
     code = 130 if interrupted else 3 if store.num_errors else 0

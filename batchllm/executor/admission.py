@@ -29,12 +29,14 @@ class Admission:
         self._current = [run.leaf_tokens for run in running]
         self._remaining = self._estimate(running)
         self._shared = {node: nodes.prompt_length(node) for node in nodes.shared}
+        self._candidate: Running | None = None
+        self._candidate_remaining = 0
         self._total = sum(self._current) + sum(self._remaining) + sum(self._shared.values())
 
     def fits(self, candidate: Running, capacity: int) -> bool:
         """Whether the pool's `capacity` is never exceeded, as far as lengths can be foreseen."""
         added = {node: self._nodes.prompt_length(node) for node in candidate.path if node not in self._shared}
-        remaining = self._estimate([candidate])[0]
+        remaining = self.remaining(candidate)
         if self._total + sum(added.values()) + candidate.leaf_tokens + remaining <= capacity:
             return True
         shared = {**self._shared, **added}
@@ -46,12 +48,14 @@ class Admission:
         return bool(peak_tokens(currents, remainings, sizes, until) <= capacity)
 
     def remaining(self, candidate: Running) -> int:
-        """Estimated output tokens still to come."""
-        return self._estimate([candidate])[0]
+        """Estimated output tokens still to come. Asked for several times of the same candidate, estimated once."""
+        if self._candidate is not candidate:
+            self._candidate, self._candidate_remaining = candidate, self._estimate([candidate])[0]
+        return self._candidate_remaining
 
     def take(self, candidate: Running) -> None:
         """Counts an admitted candidate from here on."""
-        remaining = self._estimate([candidate])[0]
+        remaining = self.remaining(candidate)
         self._running.append(candidate)
         self._current.append(candidate.leaf_tokens)
         self._remaining.append(remaining)

@@ -27,11 +27,12 @@ def length_groups(
     min_sequences: int = MIN_SEQUENCES,
     most_groups: int = MOST_GROUPS,
 ) -> NDArray[np.int32]:
-    """[sequences] a number from 0 for each group, or NO_GROUP. `below` counts the sequences below each trie node,
-    `terminal` is the node where each sequence's prompt ends.
+    """[sequences] a number from 0 for each group. `below` counts the sequences below each trie node, `terminal` is the
+    node where each sequence's prompt ends.
 
     The group of a sequence is the nearest kept node above its end that at least `min_sequences` have in common, or
-    more of a large job, so that there are `most_groups` at most. One group for all says nothing: then there is none.
+    more of a large job, so that there are `most_groups` at most; all others together are one more group. One group for
+    all says nothing: then everything is NO_GROUP.
     """
     enough = max(min_sequences, -(-len(terminal) // max(1, most_groups)))
     index = np.arange(tree.num_nodes)
@@ -39,9 +40,5 @@ def length_groups(
     nearest = np.append(nearest, NO_GROUP)  # the last entry answers for "none", which is index -1
     while not np.array_equal(further := nearest[nearest], nearest):
         nearest = further
-    group = nearest[terminal]
-    named, number = np.unique(group[group >= 0], return_inverse=True)
-    found = np.full(len(terminal), NO_GROUP, dtype=np.int32)
-    if len(named) > 1 or len(number) < len(terminal):
-        found[group >= 0] = number
-    return found
+    named, number = np.unique(nearest[terminal], return_inverse=True)
+    return (number if len(named) > 1 else np.full(len(terminal), NO_GROUP)).astype(np.int32)

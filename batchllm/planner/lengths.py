@@ -31,12 +31,15 @@ FloatArray = NDArray[np.float64]
 
 
 class LengthEstimator:
-    """Not thread-safe. One for a whole run. `group` is an array of numbers, NO_GROUP where there is none, or None."""
+    """Not thread-safe. `group` is an array of numbers, NO_GROUP where there is none, or None.
 
-    def __init__(self) -> None:
+    `errors`: of what was expected of each sequence that finished, just before it was learned from.
+    """
+
+    def __init__(self, errors: LengthErrors | None = None) -> None:
         self._seen: dict[int, _RecentLengths] = {}  # by parameter set
         self._in_group: dict[int, _RecentLengths] = {}  # by parameter set and group
-        self.errors = LengthErrors()  # of what was expected of each sequence just before it was learned from
+        self.errors = LengthErrors() if errors is None else errors
 
     def observe(self, params_index: int, length: IntLike | int, group: IntLike | None = None) -> None:
         """Sequences with these parameters have come to `length` [n] output tokens in the end, the latest last."""
