@@ -9,7 +9,7 @@ from pathlib import Path
 from batchllm import LLM, SamplingParams
 from batchllm.executor.trace import StepTrace
 from benchmarks.result import EngineResult
-from benchmarks.worker import Run, Settings, serve
+from benchmarks.worker import WARM_UP, Run, Settings, serve
 from benchmarks.workloads import Workload
 
 
@@ -26,7 +26,7 @@ def start(settings: Settings) -> Run:
         outputs = llm.generate(workload.prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        if settings.traces:
+        if settings.traces and workload.name != WARM_UP:
             Path(settings.traces).mkdir(parents=True, exist_ok=True)
             llm.trace.save(Path(settings.traces) / f"{workload.name}.parquet")
         return EngineResult("batchllm", seconds, tokens, _figures(llm.trace))

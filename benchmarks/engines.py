@@ -88,6 +88,10 @@ class Worker:
                 self._signal(signal.SIGSTOP)
         return result.load(answer)
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def close(self) -> None:
         if self._process.poll() is None:
             self._signal(signal.SIGKILL)
@@ -138,6 +142,10 @@ class Workers:
         self.startup_seconds.setdefault(engine, []).append(worker.startup_seconds)
         self.versions[engine] = worker.versions
         return worker
+
+    @property
+    def process_ids(self) -> list[int]:
+        return [worker.process_id for _, worker in self._workers.values()]
 
     def _close(self, engine: str) -> None:
         held = self._workers.pop(engine, None)

@@ -19,13 +19,13 @@ _MOST_TOKENS = 4096  # of a sequence
 
 
 def fewshot(data: Path, random: np.random.Generator) -> list[str]:
-    """60 questions of each of 6 tasks."""
+    """40 questions of each of 5 tasks."""
     tasks = sorted((data / "bbh" / "tasks").glob("*.json"))
-    chosen = {tasks[number].stem for number in random.choice(len(tasks), 6, replace=False)}
+    chosen = {tasks[number].stem for number in random.choice(len(tasks), 5, replace=False)}
     prompts = []
     for task in sorted(chosen):
         of_task = real_sets.bbh(data, task)
-        prompts += [of_task[number] for number in random.choice(len(of_task), 60, replace=False)]
+        prompts += [of_task[number] for number in random.choice(len(of_task), 40, replace=False)]
     return prompts
 
 
@@ -40,9 +40,9 @@ def documents(data: Path, random: np.random.Generator) -> list[str]:
 
 
 def agents(data: Path, random: np.random.Generator) -> list[str]:
-    """All steps of 50 runs."""
+    """All steps of 30 runs."""
     runs = real_sets.agent_runs(data)
-    return [prompt for number in random.choice(len(runs), 50, replace=False) for prompt in runs[number]]
+    return [prompt for number in random.choice(len(runs), 30, replace=False) for prompt in runs[number]]
 
 
 # Name → prompts, output tokens.

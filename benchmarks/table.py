@@ -8,9 +8,11 @@ from typing import Any
 from benchmarks.measured import OURS
 
 HEADER = f"""\
-ours   median seconds of the whole job, model loaded      floor  least time for the matrix products / ours
-out    our time outside the model's forward pass          MiB    our peak beyond weights and KV in use
-equal  output tokens that are the same                    start  of them, before the first difference
+ours    median seconds of the whole job, model loaded
+floor   least time for the matrix products / ours
+out     our time outside the model's forward pass
+MiB     our peak of memory beyond weights and KV in use
+equal   output tokens that are the same; start: those before the first difference
 
 {"workload":<13}{"ours s":>7}{"floor":>6}{"out":>6}{"MiB":>6}  {"peer":<22}{"s":>8}{"ratio":>6} {"spread":<10}\
 {"equal":>6}{"start":>6}"""

@@ -24,6 +24,7 @@ from benchmarks.result import EngineResult
 from benchmarks.workloads import Workload
 
 Run = Callable[[Workload], EngineResult]
+WARM_UP = "warm-up"  # name of the workload that is run before any other
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def serve(start: Callable[[Settings], Run]) -> None:
 
 
 def _warm_up(tokens: int) -> Workload:
-    return Workload("warm-up", [[5] * 50], tokens)
+    return Workload(WARM_UP, [[5] * 50], tokens)
 
 
 def _reply(replies: Any, message: dict[str, Any]) -> None:
