@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from planner_oracle import common_prefix, random_rows, trie_edges
 
 from batchllm.planner.prefix_tree import build_prefix_tree
@@ -30,6 +32,15 @@ def test_random_tries():
             np.array(lcp, dtype=np.int64), np.array([len(row) for row in rows], np.int64)
         )
         check_tree(tree, rows)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.sets(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), max_size=12))
+def test_every_trie_equals_the_one_of_sets(prompts):
+    rows = sorted(prompts)
+    lcp = [0, *(common_prefix(a, b) for a, b in pairwise(rows))][: len(rows)]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    check_tree(build_prefix_tree(np.array(lcp, dtype=np.int64), lengths), rows)
 
 
 def check_tree(tree, rows):

@@ -1,8 +1,6 @@
-"""Large tables in numpy's time, not Python's: generous limits that a loop over rows or tokens would break."""
+"""Large tables: exact, and without anything that grows with rows times tokens. Times are in `benchmarks.planner`."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 
@@ -33,15 +31,12 @@ def plan_table(table):
     no_params = np.zeros(rows, dtype=np.int32)
     prompts = PromptTable(table.reshape(-1), offsets, (SamplingParams(),), no_params, faults={})
     requests = RequestTable(np.arange(rows), no_params, np.zeros((rows, 2), dtype=np.uint64))
-    begin = time.perf_counter()
-    plan = build_plan(prompts, requests, np.ones(rows, dtype=bool), PlanOptions())
-    return plan, time.perf_counter() - begin
+    return build_plan(prompts, requests, np.ones(rows, dtype=bool), PlanOptions())
 
 
 def test_fifty_thousand_rows_of_three_levels():
     table, parts, cuts = three_levels(np.random.default_rng(1), 50_000, 400)
-    plan, seconds = plan_table(table)
-    assert seconds < 10  # takes 0.2 s on one idle core
+    plan = plan_table(table)
     documents = len(np.unique(parts % 50))
     least = cuts[0] + documents * (cuts[1] - cuts[0]) + len(parts) * (cuts[2] - cuts[1])
     own = 50_000 * (table.shape[1] - cuts[2])
@@ -65,6 +60,5 @@ def test_two_long_rows():
     row = np.random.default_rng(3).integers(0, 9999, 300_000, dtype=np.int32)
     table = np.stack([row, row])
     table[1, 299_990] += 1
-    plan, seconds = plan_table(table)
-    assert seconds < 10
+    plan = plan_table(table)
     assert plan.node_end.tolist() == [299_990, 300_000, 300_000]

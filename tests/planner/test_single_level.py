@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -175,13 +174,11 @@ def test_the_rule_may_miss_the_optimum():
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_hundred_thousand_levels(width):
-    """Prompts of 1, 2, 3 ... stretches: as deep as there are prompts, in bounded time and memory."""
+    """Prompts of 1, 2, 3 ... stretches: as deep as there are prompts, without recursion."""
     lengths = np.arange(1, 100_001) * width
     tree = build_prefix_tree(np.append(0, lengths[:-1]), lengths)
     ending = np.ones(tree.num_nodes, dtype=np.int64)
-    begin = time.perf_counter()
     rule, best = published_groups(tree, ending), best_groups(tree, ending)
-    assert time.perf_counter() - begin < 20  # takes 2 s
     assert 0 < rule.saved_tokens <= best.saved_tokens < int(lengths.sum()) - tree.distinct_tokens
 
 
