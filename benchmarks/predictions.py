@@ -1,6 +1,7 @@
 """How well the cost model foresees a run: predicted and measured seconds of the benchmark workloads, on this CPU.
 
-    python -m benchmarks.predictions --workloads groups,long_prefix,many_prefixes,no_sharing
+    python -m benchmarks.predictions --threads 2                 # by the clock on the wall: for a machine at rest
+    python -m benchmarks.predictions --threads 1 --cpu-time      # by the CPU clock: on a busy one
 
 Two errors are shown: of the prediction from the plan (what is known before the run), and of the cost model alone, from
 the loads of the steps as the engine ran them. Each workload is calibrated for anew. Results go to benchmarks/results/.
@@ -49,9 +50,12 @@ _RESULTS = Path(__file__).parent / "results"
 @click.option(
     "--cpu-time", is_flag=True, help="Measure with the CPU clock: for one thread on a busy machine."
 )
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: as torch chooses.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="JSON file; default: results/")
-def main(names: str, cpu_time: bool, out: Path | None) -> None:
+def main(names: str, cpu_time: bool, threads: int | None, out: Path | None) -> None:
     """Predicts and runs every workload."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     if cpu_time:
         calibrate._clock = time.process_time
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +72,8 @@ def main(names: str, cpu_time: bool, out: Path | None) -> None:
         "versions": versions(),
         "rows": rows,
     }
-    target = out or _RESULTS / f"{report['date']}-predictions-cpu.json"
+    name = f"{report['date']}-predictions-{report['clock']}-clock-{report['threads']}-threads.json"
+    target = out or _RESULTS / name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=2) + "\n")
 
