@@ -40,5 +40,10 @@ def length_groups(
     nearest = np.append(nearest, NO_GROUP)  # the last entry answers for "none", which is index -1
     while not np.array_equal(further := nearest[nearest], nearest):
         nearest = further
-    named, number = np.unique(nearest[terminal], return_inverse=True)
-    return (number if len(named) > 1 else np.full(len(terminal), NO_GROUP)).astype(np.int32)
+    group = nearest[terminal]
+    named = np.zeros(tree.num_nodes + 1, dtype=np.bool_)
+    named[group] = True  # the last entry is that of "none"
+    if named.sum() < 2:
+        return np.full(len(terminal), NO_GROUP, dtype=np.int32)
+    number: NDArray[np.int32] = (np.cumsum(named, dtype=np.int32) - 1)[group]
+    return number

@@ -118,7 +118,7 @@ def test_groups_are_the_lowest_prefixes_that_enough_sequences_share():
         [1, 1, 4, 4, part, part, row] for part in (2, 3) for row in (5, 6)
     ]  # parts of two are too small
     alone = [[9, 9, 9], [8, 8, 8]]
-    assert groups_of(tasks + deeper + alone) == [1] * 3 + [2] * 3 + [3] * 4 + [0] * 2
+    assert groups_of(tasks + deeper + alone) == [0] * 3 + [1] * 3 + [2] * 4 + [3] * 2
     at_root = [[1, 1, 5, 5]]
     assert groups_of(at_root + tasks) == [0] + [1] * 3 + [2] * 3
     assert groups_of(tasks, min_sequences=4) == [NO_GROUP] * 6, "one group for all says nothing"
