@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import shutil
@@ -62,7 +63,7 @@ class Mortal:
         self.locks: list[Any] = []
         for name in STEPS:
             monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-        monkeypatch.setattr(claim_module.fcntl, "flock", self._locked(claim_module.fcntl.flock))
+        monkeypatch.setattr(fcntl, "flock", self._locked(fcntl.flock))
 
     def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
