@@ -190,8 +190,8 @@ def _draw_limited(
     total, has_top_k = weight, (top_k > 0) & (top_k < tokens)
     reach = limit  # min_p as a limit of gaps
     if min_p > 0.0:
-        gap = (-tl.log(min_p)).to(tl.float32) * temperature
-        reach = tl.minimum(reach, tl.maximum(gap, 0.0).to(tl.int32, bitcast=True) + 1)
+        gap = tl.abs(tl.log(min_p)).to(tl.float32) * temperature
+        reach = tl.minimum(reach, gap.to(tl.int32, bitcast=True) + 1)
 
     # Bisect for a limit that leaves few candidates, yet all that any kept token or normalisation needs.
     low, high = tl.full((), 0.0, tl.float32), limit.to(tl.float32, bitcast=True)

@@ -34,6 +34,13 @@ def keys_of(rows: int) -> NDArray[np.uint64]:
     return np.random.default_rng(3).integers(0, 2**64, (rows, 2), dtype=np.uint64)
 
 
+def last_drawn_keys(rows: int) -> NDArray[np.uint64]:
+    """Keys whose numbers at index i % 11 are so near 1 that the last of the tokens that limits keep is drawn."""
+    candidates = np.random.default_rng(4).integers(0, 2**64, (rows, 4000, 2), dtype=np.uint64)
+    numbers = [uniform(keys, np.full(4000, row % 11)) for row, keys in enumerate(candidates)]
+    return np.array([keys[np.argmax(drawn)] for keys, drawn in zip(candidates, numbers, strict=True)])
+
+
 def columns(params: Sequence[SamplingParams], device: torch.device) -> tuple[Tensor, ...]:
     """temperature, top_k, top_p, min_p of the rows as the kernel takes them."""
 
@@ -94,6 +101,22 @@ def test_same_tokens_as_the_cpu_sampler(device: torch.device) -> None:
 def test_narrowed_rows_choose_the_same(device: torch.device) -> None:
     some = SETTINGS[::3]
     logits, keys = random_logits(len(some)).to(device), keys_of(len(some))
+    assert sample(logits, some, keys) == on_cpu(logits, some, keys)
+
+
+@pytest.mark.usefixtures("few_candidates")
+def test_limits_keep_the_same_tokens(device: torch.device) -> None:
+    some = [
+        SamplingParams(temperature=1.7, top_k=2),
+        SamplingParams(temperature=1.7, top_k=29),
+        SamplingParams(temperature=1.0, top_k=31),
+        SamplingParams(temperature=3.0, top_k=50),
+        SamplingParams(temperature=1.7, top_k=9, top_p=0.8),
+        SamplingParams(temperature=1.7, top_p=0.6),
+        SamplingParams(temperature=3.0, top_p=0.97),
+        SamplingParams(temperature=1.7, min_p=0.1),
+    ]
+    logits, keys = random_logits(len(some)).to(device), last_drawn_keys(len(some))
     assert sample(logits, some, keys) == on_cpu(logits, some, keys)
 
 
