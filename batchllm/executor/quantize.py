@@ -71,10 +71,11 @@ class Int8DynamicLinear(nn.Module):
         """`linear` holds a weight that torchao has quantised for int8_dynamic."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight: Any = linear.weight  # torchao's tensor, with fields of its own
+        weight: Any = linear.weight  # torchao's tensor, with fields of its own
+        self.weight = weight
         self.bias = linear.bias
         # Without VNNI, products of two full int8 numbers would overflow; torchao then halves their range.
-        self._largest = 63 if self.weight.reduce_range else 127
+        self._largest = 63 if weight.reduce_range else 127
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] → [..., out], in the inputs' own dtype."""
