@@ -5,13 +5,14 @@ temperature, top-k, top-p, min-p. Rows without limits add up probabilities in th
 limits in order of falling logits, equal ones by token, and whatever a limit keeps is a beginning of that order. So
 top-k, top-p and the draw are all the same search: the first token at which a running sum passes a target.
 
-The search bisects over distances from the largest logit instead of sorting (selection by threshold, as in the
-sorting-free samplers of FlashInfer and RTop-K), counting what lies nearer than each. First it narrows the row to the
-few candidates that can matter, and then bisects among these; if they are too many, it bisects over the whole row.
+The search bisects over gaps to the largest logit instead of sorting (selection by threshold, as in the sorting-free
+samplers of FlashInfer and RTop-K), adding up what has a smaller gap than each. First it narrows the row to the few
+candidates that can matter, and then bisects among these; if they are too many, it bisects over the whole row.
 
-Weights are exp(-distance) as integers, in units of 2^-40 of the largest. Integer sums are exact in any order, so what
-a row draws depends on its logits, parameters, key and index alone, on any device whose exp gives the same floats. The
-CPU sampler adds float64; it chooses the same token except where a sum comes within about a millionth of its target.
+Weights are exp(-gap / temperature) as integers, in units of 2^-40 of the largest. Integer sums are exact in any order,
+so what a row draws depends on its logits, parameters, key and index alone, on any device whose exp gives the same
+floats. The CPU sampler adds float64; it chooses the same token except where a sum comes within about a millionth of
+its target.
 """
 
 from __future__ import annotations
