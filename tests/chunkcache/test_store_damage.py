@@ -78,7 +78,7 @@ def padding_of(raw: bytes) -> set[int]:
         begin = first + index * -(-layer.data.nbytes // 64) * 64
         used |= set(range(begin, begin + layer.data.nbytes))
     arrays = len(header.tokens) * 8 + len(header.context.chunks) * 20 + LAYERS * 32 + 8
-    return set(range(len(raw))) - used - set(range(120 + arrays))
+    return set(range(len(raw))) - used - set(range(112 + arrays))
 
 
 @pytest.mark.parametrize("damage", ["flip header", "flip layer", "truncate", "empty", "foreign", "swap"])
