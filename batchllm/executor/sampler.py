@@ -38,15 +38,26 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.int64]) -> NDArray[np.floa
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Tensor) -> Tensor:
-    """Inverse transform sampling over the tokens each row's limits leave."""
+    """Inverse transform sampling over the tokens each row's limits leave.
+
+    Rows without limits go through the vocabulary in its order, rows with limits in order of falling probability,
+    as the sampling kernel does: which order is the row's own affair, never its neighbours'.
+    """
     # Largest logit 0 and a floor under the temperature: however cold, nothing overflows.
     temperature = torch.tensor([row.temperature for row in params]).clamp_min(1e-30).unsqueeze(1)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if any(row.top_k or row.top_p < 1.0 or row.min_p > 0.0 for row in params):
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-        weights = _limited(torch.softmax(scaled, dim=-1, dtype=torch.float64), params)
-        return order.gather(1, _invert(weights, numbers)).squeeze(1)
-    return _invert(torch.softmax(scaled, dim=-1, dtype=torch.float64), numbers).squeeze(1)
+    tokens = torch.empty(len(params), dtype=torch.int64)
+    limited = torch.tensor([row.top_k > 0 or row.top_p < 1.0 or row.min_p > 0.0 for row in params])
+    if not limited.all():
+        free = ~limited
+        weights = torch.softmax(scaled[free], dim=-1, dtype=torch.float64)
+        tokens[free] = _invert(weights, numbers[free]).squeeze(1)
+    if limited.any():
+        falling, order = scaled[limited].sort(dim=-1, descending=True, stable=True)
+        limits = [row for row, is_limited in zip(params, limited.tolist()) if is_limited]
+        weights = _limited(torch.softmax(falling, dim=-1, dtype=torch.float64), limits)
+        tokens[limited] = order.gather(1, _invert(weights, numbers[limited])).squeeze(1)
+    return tokens
 
 
 def _limited(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:

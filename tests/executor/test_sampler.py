@@ -91,7 +91,8 @@ def keys_of(rows: int) -> np.ndarray:
 def test_a_row_does_not_depend_on_what_it_is_batched_with() -> None:
     rows = len(SETTINGS)
     logits, keys, indices = random_logits(rows, seed=7), keys_of(rows), np.arange(rows) % 11
-    params = [SamplingParams() if row % 3 == 0 else SETTINGS[row] for row in range(rows)]
+    unlimited = SamplingParams(temperature=1.3)  # one random number maps to a token in another order than with limits
+    params = [(SamplingParams(), unlimited, SETTINGS[row])[row % 3] for row in range(rows)]
     together = choose_tokens(logits, params, keys, indices)
     order = np.random.default_rng(4).permutation(rows)
     shuffled = choose_tokens(logits[order], [params[row] for row in order], keys[order], indices[order])
