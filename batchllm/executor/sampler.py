@@ -1,4 +1,11 @@
-"""Chooses the next token of many sequences at once."""
+"""Chooses the next token of many sequences at once.
+
+Drawn tokens are the maxima of logit / temperature + Gumbel noise over what each row's limits leave, which is a draw
+from the softmax (Gumbel-max; Maddison et al., "A* Sampling", NeurIPS 2014). A token's noise depends on the row's key,
+the index of the token to choose and the token's id alone. So rows do not depend on each other, and a last bit of a
+logit, which may differ from batch to batch, changes a token only where two scores are within such a bit of each other;
+inverting a cumulative sum would shift every boundary between tokens by it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchllm.core import SamplingParams
-from batchllm.executor.random_numbers import uniform
+from batchllm.executor.random_numbers import draw_words, gumbel_noise
+
+_CANDIDATES = 256  # limits are first sought among so many of the largest logits
+_CHUNK = 2**18  # scores made at once, so that they stay in the cache
 
 
 def choose_tokens(
@@ -21,13 +31,21 @@ def choose_tokens(
     Greedy rows take the largest logit, the first of equals. The others draw from the distribution that
     transformers' processors give, in its order: temperature, top-k, top-p, min-p.
     """
-    tokens = logits.argmax(dim=-1)
-    drawn = [row for row, chosen in enumerate(params) if not chosen.greedy]
-    if drawn:
-        numbers = torch.from_numpy(uniform(keys[drawn], indices[drawn]))
-        tokens[drawn] = _draw(logits[drawn], [params[row] for row in drawn], numbers)
-    chosen: NDArray[np.int64] = tokens.numpy()
-    return chosen
+    free = [row for row, chosen in enumerate(params) if not chosen.greedy and not _is_limited(chosen)]
+    limited = [row for row, chosen in enumerate(params) if not chosen.greedy and _is_limited(chosen)]
+    if not free and not limited:
+        return logits.argmax(dim=-1).numpy()
+    tokens = torch.empty(len(params), dtype=torch.int64)
+    greedy = [row for row, chosen in enumerate(params) if chosen.greedy]
+    if greedy:
+        tokens[greedy] = logits[greedy].argmax(dim=-1)
+    words = torch.from_numpy(draw_words(keys, indices))
+    if free:
+        temperature = _temperatures([params[row] for row in free])
+        tokens[free] = _draw_free(logits, torch.tensor(free), temperature, words[free])
+    if limited:
+        tokens[limited] = _draw_limited(logits[limited], [params[row] for row in limited], words[limited])
+    return tokens.numpy()
 
 
 def token_logprobs(logits: Tensor, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -37,47 +55,121 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.int64]) -> NDArray[np.floa
     return values
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Tensor) -> Tensor:
-    """Inverse transform sampling over the tokens each row's limits leave.
+def _is_limited(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
-    Rows without limits go through the vocabulary in its order, rows with limits in order of falling probability,
-    as the sampling kernel does: which order is the row's own affair, never its neighbours'.
-    """
-    # Largest logit 0 and a floor under the temperature: however cold, nothing overflows.
-    temperature = torch.tensor([row.temperature for row in params]).clamp_min(1e-30).unsqueeze(1)
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    tokens = torch.empty(len(params), dtype=torch.int64)
-    limited = torch.tensor([row.top_k > 0 or row.top_p < 1.0 or row.min_p > 0.0 for row in params])
-    if not limited.all():
-        free = ~limited
-        weights = torch.softmax(scaled[free], dim=-1, dtype=torch.float64)
-        tokens[free] = _invert(weights, numbers[free]).squeeze(1)
-    if limited.any():
-        falling, order = scaled[limited].sort(dim=-1, descending=True, stable=True)
-        limits = [row for row, is_limited in zip(params, limited.tolist()) if is_limited]
-        weights = _limited(torch.softmax(falling, dim=-1, dtype=torch.float64), limits)
-        tokens[limited] = order.gather(1, _invert(weights, numbers[limited])).squeeze(1)
+
+def _temperatures(params: Sequence[SamplingParams]) -> Tensor:
+    """[n, 1], with a floor: however cold, nothing overflows once the largest logit is 0."""
+    return torch.tensor([row.temperature for row in params]).clamp_min(1e-30).unsqueeze(1)
+
+
+def _draw_free(logits: Tensor, rows: Tensor, temperature: Tensor, words: Tensor) -> Tensor:
+    """Tokens of these rows, from the whole vocabulary."""
+    tokens = torch.empty(len(rows), dtype=torch.int64)
+    vocabulary = torch.arange(logits.shape[1], dtype=torch.int32)
+    for part in torch.arange(len(rows)).split(max(1, _CHUNK // logits.shape[1])):
+        scores = _scaled(logits[rows[part]], temperature[part])
+        scores += gumbel_noise(words[part], vocabulary)
+        tokens[part] = scores.argmax(dim=-1)
     return tokens
 
 
+def _draw_limited(logits: Tensor, params: Sequence[SamplingParams], words: Tensor) -> Tensor:
+    """Tokens of rows with limits: from the largest few logits where these hold all that the limits keep."""
+    temperature, size = _temperatures(params), logits.shape[1]
+    count = min(_CANDIDATES, size)
+    if count < size:
+        largest, order = _falling(logits, count + 1)
+        # Which of several logits that equal the first one left out belong to the few is not known.
+        complete = torch.isneginf(largest[:, count])
+        decided = (largest[:, count - 1] > largest[:, count]) | complete
+        largest, order = largest[:, :count], order[:, :count]
+    else:
+        largest, order = logits.sort(dim=-1, descending=True, stable=True)
+        decided = complete = torch.ones(len(params), dtype=torch.bool)
+    scaled = _scaled(largest, temperature)
+    weights = torch.softmax(scaled, dim=-1, dtype=torch.float64)
+    if count < size:
+        reaches = torch.tensor([_needs_total(row, count) for row in params])
+        if reaches.any():
+            total = _total_weight(logits[reaches], largest[reaches, :1], temperature[reaches])
+            weights[reaches] = torch.exp(scaled[reaches].double()) / total
+        decided &= _is_within(weights, params) | complete
+    kept = _limited(weights, params)
+    scores = scaled + gumbel_noise(words, order.to(torch.int32))
+    scores = scores.masked_fill(kept == 0.0, float("-inf"))
+    tokens = order.gather(1, _first_largest(scores, order)).squeeze(1)
+    if not decided.all():
+        for row in (~decided).nonzero().flatten().tolist():
+            tokens[row] = _draw_sorted(logits[row : row + 1], params[row], words[row : row + 1])
+    return tokens
+
+
+def _draw_sorted(logits: Tensor, params: SamplingParams, words: Tensor) -> int:
+    """The token of one row with limits, by sorting all of it."""
+    falling, order = logits.sort(dim=-1, descending=True, stable=True)
+    scaled = _scaled(falling, _temperatures([params]))
+    kept = _limited(torch.softmax(scaled, dim=-1, dtype=torch.float64), [params])
+    scores = scaled + gumbel_noise(words, order.to(torch.int32))
+    scores = scores.masked_fill(kept == 0.0, float("-inf"))
+    return int(order[0, _first_largest(scores, order)[0, 0]])
+
+
+def _falling(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest logits [n, count] in falling order, and their tokens, of equal ones the smaller ids first."""
+    tokens = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, place = logits.gather(1, tokens).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(1, place)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+    """The largest logit 0."""
+    return (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
+
+
+def _total_weight(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
+    return ((logits - largest) / temperature).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
+
+
+def _needs_total(params: SamplingParams, count: int) -> bool:
+    """Whether probabilities are of more tokens than these few."""
+    return not 0 < params.top_k <= count
+
+
+def _is_within(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[n] whether what the limits keep is among the sorted weights [n, count] of the largest logits."""
+    count = weights.shape[1]
+    by_number = torch.tensor([0 < row.top_k <= count for row in params])
+    top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64)
+    min_p = torch.tensor([row.min_p for row in params], dtype=torch.float64)
+    # Of more than top_k tokens probabilities would be smaller: then all of them must be here.
+    by_weight = (weights.sum(dim=-1) >= top_p + 1e-9) & (top_p < 1.0)
+    by_weight &= torch.tensor([row.top_k == 0 for row in params])
+    by_ratio = weights[:, -1] < min_p * weights[:, 0]
+    by_ratio &= torch.tensor([row.top_k == 0 or row.top_p == 1.0 for row in params])
+    return by_number | by_weight | by_ratio
+
+
+def _first_largest(scores: Tensor, tokens: Tensor) -> Tensor:
+    """[n, 1] the place of the largest score, of equal ones that with the smallest token id."""
+    largest = scores == scores.amax(dim=-1, keepdim=True)
+    return tokens.masked_fill(~largest, torch.iinfo(tokens.dtype).max).argmin(dim=-1, keepdim=True)
+
+
 def _limited(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Zeroes what top-k, top-p and min-p exclude; probabilities [n, V] are sorted, largest first."""
+    """Zeroes what top-k, top-p and min-p exclude; probabilities [n, V] are sorted, largest first.
+
+    Without top-k they may be those of the first V of more tokens.
+    """
     size = probabilities.shape[1]
     rank = torch.arange(size)
-    top_k = torch.tensor([min(row.top_k, size) if row.top_k else size for row in params]).unsqueeze(1)
+    top_k = torch.tensor([row.top_k if 0 < row.top_k < size else size for row in params]).unsqueeze(1)
     kept = probabilities.masked_fill(rank >= top_k, 0.0)
-    kept = kept / kept.sum(dim=-1, keepdim=True)
+    total = torch.where(top_k < size, kept.sum(dim=-1, keepdim=True), 1.0)
+    kept = kept / total
     top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64).unsqueeze(1)
     before = kept.cumsum(dim=-1) - kept  # a token stays while the more probable ones have not reached top_p
     kept = kept.masked_fill((before >= top_p) & (rank > 0), 0.0)
     min_p = torch.tensor([row.min_p for row in params], dtype=torch.float64).unsqueeze(1)
     return kept.masked_fill(kept < min_p * kept[:, :1], 0.0)
-
-
-def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """[n, 1] index of the first token whose cumulative weight exceeds number x total."""
-    cumulative = weights.cumsum(dim=-1)
-    target = numbers.unsqueeze(1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)
-    last = (weights > 0).to(torch.int8).flip(-1).argmax(dim=-1, keepdim=True)
-    return torch.minimum(index, weights.shape[1] - 1 - last)

@@ -98,24 +98,32 @@ def bisect(
 
 
 @triton.jit
-def first_past(Logits, count, largest, slope, target, by_weight, low, high, BLOCK: tl.constexpr):
-    """First position at which a running sum in order of position exceeds `target` (int64), over tokens with gap bits
-    in [low, high): of weights if `by_weight`, else of tokens. The sum over all must exceed it."""
-    start, passed = 0, tl.full((), 0, tl.int64)
-    total = tl.sum(_amounts(Logits, start, count, largest, slope, by_weight, low, high, BLOCK), axis=0)
-    while (passed + total <= target) & (start + BLOCK < count):
-        passed += total
-        start += BLOCK
-        total = tl.sum(_amounts(Logits, start, count, largest, slope, by_weight, low, high, BLOCK), axis=0)
-    # It is in this block: running sums of a few positions at a time, which needs few registers.
-    FEW: tl.constexpr = 256 if BLOCK > 256 else BLOCK
-    position = start
-    for few in tl.range(start, start + BLOCK, FEW):
-        amounts = _amounts(Logits, few, count, largest, slope, by_weight, low, high, FEW)
-        running = passed + tl.cumsum(amounts, axis=0)
-        position += tl.sum((running <= target).to(tl.int32), axis=0)
-        passed = tl.max(running, axis=0)
-    return tl.minimum(position, count - 1)
+def best_score(
+    Logits, Tokens, count, largest, temperature, first, second, reach, low, high, rank, BLOCK: tl.constexpr
+):
+    """The token with the largest score, of equal ones the first: Gumbel noise of the words - gap / temperature.
+
+    Of tokens with gap bits below `reach`, and below `low` or, the first `rank` + 1 of them, in [low, high), of which
+    all have one gap if any are left out. `Tokens` are the ids of the positions.
+    """
+    lane = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    token = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+    passed = tl.full((), 0, tl.int32)
+    for start in tl.range(0, count, BLOCK, disable_licm=True):
+        column = start + lane
+        gaps = _gaps(Logits, column, count, largest)
+        at_edge = (gaps >= low) & (gaps < high)
+        edge = at_edge.to(tl.int32)
+        kept = (gaps < low) | (at_edge & (passed + tl.cumsum(edge, axis=0) - 1 <= rank))
+        passed += tl.sum(edge, axis=0)
+        ids = tl.load(Tokens + column, mask=column < count, other=0)
+        scores = gumbel_noise(first, second, ids) - tl.div_rn(gaps.to(tl.float32, bitcast=True), temperature)
+        better = kept & (gaps < reach) & (column < count) & (scores > best)
+        best = tl.where(better, scores, best)
+        token = tl.where(better, ids, token)
+    of_row = tl.max(best, axis=0)
+    return tl.min(tl.where(best == of_row, token, 0x7FFFFFFF), axis=0)
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def keys_of(rows: int) -> np.ndarray:
 def test_a_row_does_not_depend_on_what_it_is_batched_with() -> None:
     rows = len(SETTINGS)
     logits, keys, indices = random_logits(rows, seed=7), keys_of(rows), np.arange(rows) % 11
-    unlimited = SamplingParams(temperature=1.3)  # one random number maps to a token in another order than with limits
+    unlimited = SamplingParams(temperature=1.3)
     params = [(SamplingParams(), unlimited, SETTINGS[row])[row % 3] for row in range(rows)]
     together = choose_tokens(logits, params, keys, indices)
     order = np.random.default_rng(4).permutation(rows)
