@@ -68,7 +68,7 @@ def _draw_free(logits: Tensor, rows: Tensor, temperature: Tensor, words: Tensor)
     """Tokens of these rows, from the whole vocabulary."""
     tokens = torch.empty(len(rows), dtype=torch.int64)
     vocabulary = torch.arange(logits.shape[1], dtype=torch.int32)
-    for part in torch.arange(len(rows)).split(max(1, _CHUNK // logits.shape[1])):
+    for part in torch.split(torch.arange(len(rows)), max(1, _CHUNK // logits.shape[1])):
         scores = _scaled(logits[rows[part]], temperature[part])
         scores += gumbel_noise(words[part], vocabulary)
         tokens[part] = scores.argmax(dim=-1)
@@ -133,8 +133,8 @@ def _total_weight(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tenso
 
 
 def _needs_total(params: SamplingParams, count: int) -> bool:
-    """Whether probabilities are of more tokens than these few."""
-    return not 0 < params.top_k <= count
+    """Whether a limit is on probabilities that are of more tokens than these few."""
+    return params.top_p < 1.0 and not 0 < params.top_k <= count
 
 
 def _is_within(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -170,6 +170,6 @@ def _limited(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     kept = kept / total
     top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64).unsqueeze(1)
     before = kept.cumsum(dim=-1) - kept  # a token stays while the more probable ones have not reached top_p
-    kept = kept.masked_fill((before >= top_p) & (rank > 0), 0.0)
+    kept = kept.masked_fill((before >= top_p) & (top_p < 1.0) & (rank > 0), 0.0)
     min_p = torch.tensor([row.min_p for row in params], dtype=torch.float64).unsqueeze(1)
     return kept.masked_fill(kept < min_p * kept[:, :1], 0.0)

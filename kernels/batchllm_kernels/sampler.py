@@ -1,18 +1,18 @@
 """The next token of many sequences, from their logits, without sorting the vocabulary.
 
-One uniform number per token and inverse transform sampling, over the distribution that transformers' processors give:
-temperature, top-k, top-p, min-p. Rows without limits add up probabilities in the order of the vocabulary; rows with
-limits in order of falling logits, equal ones by token, and whatever a limit keeps is a beginning of that order. So
-top-k, top-p and the draw are all the same search: the first token at which a running sum passes a target.
+Gumbel-max over the distribution that transformers' processors give: temperature, top-k, top-p, min-p. Each token has
+noise that depends on the row's key, the index of the token to choose and its id alone; of the tokens kept, the one with
+the largest logit / temperature + noise is chosen. In order of falling logits, equal ones by token, whatever a limit
+keeps is a beginning. So top-k and top-p are the same search: the first token at which a running sum passes a target.
 
 The search bisects over gaps to the largest logit instead of sorting (selection by threshold, as in the sorting-free
 samplers of FlashInfer and RTop-K), adding up what has a smaller gap than each. First it narrows the row to the few
 candidates that can matter, and then bisects among these; if they are too many, it bisects over the whole row.
 
 Weights are exp(-gap / temperature) as integers, in units of 2^-40 of the largest. Integer sums are exact in any order,
-so what a row draws depends on its logits, parameters, key and index alone, on any device whose exp gives the same
-floats. The CPU sampler adds float64; it chooses the same token except where a sum comes within about a millionth of
-its target.
+so what a row keeps depends on its logits and parameters alone, on any device whose exp gives the same floats. The CPU
+sampler adds float64 and makes the same noise; it chooses the same token except where a sum comes within about a
+millionth of its target, or two scores within as much of each other.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from batchllm_kernels import interpreter  # noqa: F401 - prepares the interpreter where it runs the kernels
-from batchllm_kernels.random_numbers import uniform_number
-from batchllm_kernels.threshold_search import bisect, first_past, largest_logit, nearer_than, pick_nearer
+from batchllm_kernels.random_numbers import draw_words
+from batchllm_kernels.threshold_search import best_score, bisect, largest_logit, nearer_than, pick_nearer
 
 _BLOCK = 2048  # logits that a program reads at once
 _CANDIDATES = 2048  # rows are narrowed to this many tokens
@@ -80,23 +80,22 @@ def sample_tokens_reference(
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
-    numbers: Tensor,
+    noise: Tensor,
 ) -> Tensor:
-    """What `sample_tokens` chooses with these uniform numbers [n], by sorting, in float64, one row after another."""
+    """What `sample_tokens` chooses with this Gumbel noise [n, V], by sorting, in float64, one row after another."""
     tokens = logits.argmax(dim=-1)
     for row in (temperature > 0).nonzero().flatten().tolist():
         scaled = (logits[row].float() - logits[row].float().max()) / temperature[row].clamp_min(1e-30)
-        weights, order = torch.exp(scaled.double()), torch.arange(len(scaled), device=logits.device)
-        if top_k[row] > 0 or top_p[row] < 1 or min_p[row] > 0:
-            order = scaled.sort(descending=True, stable=True).indices
-            weights = weights[order]
-            if top_k[row] > 0:
-                weights[top_k[row] :] = 0
-            before = weights.cumsum(0) - weights
+        order = scaled.sort(descending=True, stable=True).indices
+        weights = torch.exp(scaled[order].double())
+        if top_k[row] > 0:
+            weights[top_k[row] :] = 0
+        before = weights.cumsum(0) - weights
+        if top_p[row] < 1:
             weights[1:][before[1:] >= top_p[row] * weights.sum()] = 0
-            weights[weights < min_p[row] * weights[0]] = 0
-        running = weights.cumsum(0)
-        tokens[row] = order[(running > numbers[row] * running[-1]).to(torch.int8).argmax()]
+        weights[weights < min_p[row] * weights[0]] = 0
+        kept = order[weights > 0].sort().values
+        tokens[row] = kept[(scaled + noise[row])[kept].argmax()]
     return tokens
 
 
@@ -126,68 +125,68 @@ def sample_tokens_kernel(
         temperature = tl.maximum(temperature, 1e-30)
         slope = tl.div_rn(-1.4426950408889634, temperature)
         limit = tl.minimum(28.0 * temperature, 3e38).to(tl.int32, bitcast=True)  # exp(-28) is less than 2^-40
-        tokens, weight = nearer_than(logits, vocabulary, largest, slope, limit, BLOCK)
         top_k, top_p, min_p = tl.load(TopK + row), tl.load(TopP + row), tl.load(MinP + row)
-        limited = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
         candidates = CandidateTokens + row * CANDIDATES
-        if limited:
-            source, count, low, high, target, narrowed = _draw_limited(
+        source, count, narrowed = logits, vocabulary, False
+        reach = tl.full((), 0x7F800000, tl.int32)  # infinity
+        low, high, rank = reach, reach, tl.full((), 0, tl.int64)
+        if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
+            source, count, reach, low, high, rank, narrowed = _find_kept(
                 logits,
                 vocabulary,
                 largest,
                 temperature,
                 slope,
                 limit,
-                tokens,
-                weight,
                 top_k,
                 top_p,
                 min_p,
-                Keys + 2 * row,
-                Indices + row,
                 CandidateLogits + row * CANDIDATES,
                 candidates,
                 CANDIDATES,
                 BLOCK,
             )
-        else:
-            source, count, low, high, narrowed = logits, vocabulary, tl.full((), 0, tl.int32), limit, False
-            target = _drawn(Keys + 2 * row, Indices + row, weight)
-        token = first_past(source, count, largest, slope, target, ~limited, low, high, BLOCK)
-        if narrowed:
-            token = tl.load(candidates + token)
+        first, second = draw_words(
+            tl.load(Keys + 2 * row), tl.load(Keys + 2 * row + 1), tl.load(Indices + row)
+        )
+        token = best_score(
+            source,
+            candidates,
+            narrowed,
+            count,
+            largest,
+            temperature,
+            first,
+            second,
+            reach,
+            low,
+            high,
+            rank,
+            BLOCK,
+        )
     tl.store(Output + row, token.to(tl.int64))
 
 
 @triton.jit
-def _drawn(Key, Index, total):
-    """The row's uniform number x total, rounded down."""
-    number = uniform_number(tl.load(Key), tl.load(Key + 1), tl.load(Index))
-    return tl.minimum((number * total.to(tl.float64)).to(tl.int64), total - 1)
-
-
-@triton.jit
-def _draw_limited(
+def _find_kept(
     Logits,
     vocabulary,
     largest,
     temperature,
     slope,
     limit,
-    tokens,  # nearer than `limit`
-    weight,  # of these tokens
     top_k,
     top_p,
     min_p,
-    Key,
-    Index,
     CandidateLogits,
     CandidateTokens,
     CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Draws from a row with limits. Returns (source, count, low, high, rank, narrowed): the token is the one with this
-    rank among those with gap bits in [low, high) of the `count` logits at `source`, the candidates if `narrowed`."""
+    """What the limits keep. Returns (source, count, reach, low, high, rank, narrowed): of the `count` logits at
+    `source`, the candidates if `narrowed`, those with gap bits below `reach`, and below `low` or, up to this rank
+    among them, in [low, high)."""
+    tokens, weight = nearer_than(Logits, vocabulary, largest, slope, limit, BLOCK)
     total, has_top_k = weight, (top_k > 0) & (top_k < tokens)
     reach = limit  # min_p as a limit of gaps
     if min_p > 0.0:
@@ -216,13 +215,10 @@ def _draw_limited(
         pick_nearer(Logits, vocabulary, largest, limit, CandidateLogits, CandidateTokens, BLOCK)
         source, count = CandidateLogits, tokens
 
-    # Each limit keeps a beginning of the order; the shortest of them is the one with the least weight.
-    within_reach = total
-    if min_p > 0.0:
-        _, within_reach = nearer_than(source, count, largest, slope, reach, BLOCK)
+    # Each limit keeps a beginning of the order; top-p's is no longer than top-k's, of which it takes its part.
     kept = total
-    near, far, rank = tl.full((), 0, tl.int32), limit, tl.full((), 0, tl.int64)
-    for search in tl.range(0, 3):
+    low_bits, high_bits, rank = limit, limit, tl.full((), 0, tl.int64)
+    for search in tl.range(0, 2):
         target = top_k.to(tl.int64) - 1
         wanted = has_top_k
         if search == 1:
@@ -230,12 +226,8 @@ def _draw_limited(
             target = tl.ceil(top_p * kept.to(tl.float64)).to(tl.int64) - 1
             target = tl.minimum(tl.maximum(target, 0), weight - 1)
             wanted = top_p < 1.0
-        if search == 2:
-            target = _drawn(Key, Index, tl.minimum(kept, within_reach))
-            wanted = target >= 0
         if wanted:
-            near, far, rank, through = bisect(
+            low_bits, high_bits, rank, kept = bisect(
                 source, count, largest, slope, target, search > 0, limit, tokens, weight, BLOCK
             )
-            kept = tl.minimum(kept, through)
-    return source, count, near, far, rank, narrowed
+    return source, count, reach, low_bits, high_bits, rank, narrowed

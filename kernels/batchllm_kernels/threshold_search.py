@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from batchllm_kernels import interpreter  # noqa: F401 - prepares the interpreter where it runs the kernels
+from batchllm_kernels.random_numbers import gumbel_noise
 
 _UNIT = tl.constexpr(1099511627776.0)  # 2^40: the weights of 2^20 tokens cannot overflow int64
 
@@ -44,14 +45,6 @@ def _gaps(Logits, column, count, largest):
 @triton.jit
 def _weights(gaps, slope):
     return (tl.exp2(gaps.to(tl.float32, bitcast=True) * slope) * _UNIT).to(tl.int64)
-
-
-@triton.jit
-def _amounts(Logits, start, count, largest, slope, by_weight, low, high, BLOCK: tl.constexpr):
-    """Weights, or ones, of the tokens from `start` on that have gap bits in [low, high); 0 for others."""
-    gaps = _gaps(Logits, start + tl.arange(0, BLOCK), count, largest)
-    amounts = tl.where(by_weight, _weights(gaps, slope), 1)
-    return tl.where((gaps >= low) & (gaps < high), amounts, 0)
 
 
 @triton.jit
@@ -99,12 +92,24 @@ def bisect(
 
 @triton.jit
 def best_score(
-    Logits, Tokens, count, largest, temperature, first, second, reach, low, high, rank, BLOCK: tl.constexpr
+    Logits,
+    Tokens,
+    has_tokens,
+    count,
+    largest,
+    temperature,
+    first,
+    second,
+    reach,
+    low,
+    high,
+    rank,
+    BLOCK: tl.constexpr,
 ):
     """The token with the largest score, of equal ones the first: Gumbel noise of the words - gap / temperature.
 
     Of tokens with gap bits below `reach`, and below `low` or, the first `rank` + 1 of them, in [low, high), of which
-    all have one gap if any are left out. `Tokens` are the ids of the positions.
+    all have one gap if any are left out. `Tokens` are the ids of the positions, if these are not the positions.
     """
     lane = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -113,13 +118,16 @@ def best_score(
     for start in tl.range(0, count, BLOCK, disable_licm=True):
         column = start + lane
         gaps = _gaps(Logits, column, count, largest)
-        at_edge = (gaps >= low) & (gaps < high)
-        edge = at_edge.to(tl.int32)
-        kept = (gaps < low) | (at_edge & (passed + tl.cumsum(edge, axis=0) - 1 <= rank))
-        passed += tl.sum(edge, axis=0)
-        ids = tl.load(Tokens + column, mask=column < count, other=0)
+        kept = gaps < low
+        if low < high:
+            edge = ((gaps >= low) & (gaps < high)).to(tl.int32)
+            kept |= (edge > 0) & (passed + tl.cumsum(edge, axis=0) - 1 <= rank)
+            passed += tl.sum(edge, axis=0)
+        ids = column
+        if has_tokens:
+            ids = tl.load(Tokens + column, mask=column < count, other=0)
         scores = gumbel_noise(first, second, ids) - tl.div_rn(gaps.to(tl.float32, bitcast=True), temperature)
-        better = kept & (gaps < reach) & (column < count) & (scores > best)
+        better = kept & (gaps < reach) & (scores > best)
         best = tl.where(better, scores, best)
         token = tl.where(better, ids, token)
     of_row = tl.max(best, axis=0)

@@ -1,11 +1,12 @@
-"""Philox against the published vectors, and `uniform` as a pure function of (key, counter)."""
+"""Philox against the published vectors, and noise as a pure function of (key, counter, token)."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from batchllm.executor.random_numbers import _philox, uniform
+from batchllm.executor.random_numbers import _philox, draw_words, gumbel_noise
 
 # counter, key, first two words of the result: the philox4x32-10 lines of Random123's kat_vectors
 KNOWN_ANSWERS = [
@@ -27,29 +28,46 @@ def test_known_answers(counter: list[int], key: list[int], expected: tuple[int, 
     assert (int(first[0]), int(second[0])) == expected
 
 
+VOCABULARY = torch.arange(1000, dtype=torch.int32)
+
+
 def some_keys(count: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     keys = random.integers(0, 2**64, (count, 2), dtype=np.uint64)
     return keys, random.integers(0, 1000, count)
 
 
-def test_a_number_does_not_depend_on_what_it_is_drawn_with() -> None:
-    keys, counters = some_keys(500)
-    together = uniform(keys, counters)
-    order = np.random.default_rng(1).permutation(500)
-    assert (uniform(keys[order], counters[order]) == together[order]).all()
-    alone = [uniform(keys[i : i + 1], counters[i : i + 1])[0] for i in range(20)]
-    assert alone == together[:20].tolist()
+def noise(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    made: np.ndarray = gumbel_noise(torch.from_numpy(draw_words(keys, counters)), VOCABULARY).numpy()
+    return made
 
 
-def test_numbers_are_uniform_and_inside_the_open_interval() -> None:
-    keys, counters = some_keys(200_000)
+def uniform(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """Noise as numbers that are uniform in (0, 1)."""
+    return np.exp(-np.exp(-noise(keys, counters).astype(np.float64)))
+
+
+def test_noise_does_not_depend_on_what_it_is_made_with() -> None:
+    keys, counters = some_keys(100)
+    together = noise(keys, counters)
+    order = np.random.default_rng(1).permutation(100)
+    assert (noise(keys[order], counters[order]) == together[order]).all()
+    alone = [noise(keys[i : i + 1], counters[i : i + 1])[0] for i in range(20)]
+    assert (np.array(alone) == together[:20]).all()
+    some = torch.tensor([[7, 999, 0]] * 100, dtype=torch.int32)  # of these tokens alone
+    apart = gumbel_noise(torch.from_numpy(draw_words(keys, counters)), some).numpy()
+    assert (apart == together[:, [7, 999, 0]]).all()
+
+
+def test_noise_is_gumbel_and_finite() -> None:
+    keys, counters = some_keys(300)
     numbers = uniform(keys, counters)
-    assert numbers.min() > 0.0
-    assert numbers.max() < 1.0
-    histogram = np.histogram(numbers, bins=50, range=(0, 1))[0]
-    chi_square = ((histogram - 4000.0) ** 2 / 4000.0).sum()
-    assert chi_square < 94.0  # 49 degrees of freedom: exceeded once in ten thousand
+    assert np.isfinite(noise(keys, counters)).all()
+    for parts in (numbers, numbers[:, ::100], numbers[::100]):
+        histogram = np.histogram(parts, bins=50, range=(0, 1))[0]
+        expected = parts.size / 50
+        chi_square = ((histogram - expected) ** 2 / expected).sum()
+        assert chi_square < 94.0  # 49 degrees of freedom: exceeded once in ten thousand
 
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 63])
@@ -58,11 +76,15 @@ def test_every_part_of_the_key_counts(half: int, bit: int) -> None:
     keys, counters = some_keys(100)
     changed = keys.copy()
     changed[:, half] ^= np.uint64(1) << np.uint64(bit)
-    assert (uniform(keys, counters) != uniform(changed, counters)).all()
+    assert (noise(keys, counters) != noise(changed, counters)).mean() > 0.99
 
 
-def test_consecutive_tokens_of_one_request_are_uncorrelated() -> None:
-    key = np.tile(some_keys(1)[0], (20_000, 1))
-    numbers = uniform(key, np.arange(20_000))
-    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03
-    assert len(np.unique(numbers)) == 20_000
+def test_tokens_steps_and_rows_are_uncorrelated() -> None:
+    key = np.tile(some_keys(1)[0], (400, 1))
+    steps = uniform(key, np.arange(400))
+    rows = uniform(*some_keys(400))
+    for numbers in (steps, rows):
+        for shifted in (np.roll(numbers, 1, axis=0), np.roll(numbers, 1, axis=1)):
+            assert abs(np.corrcoef(numbers.ravel(), shifted.ravel())[0, 1]) < 0.01
+        winners = np.bincount(numbers.argmax(axis=1) // 100, minlength=10)
+        assert winners.min() > 15 and winners.max() < 70  # 40 expected

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from batchllm_kernels import sampler
-from batchllm_kernels.random_numbers import uniform_numbers
 from numpy.typing import NDArray
 from torch import Tensor
 
 from batchllm.core import SamplingParams
-from batchllm.executor.random_numbers import uniform
+from batchllm.executor.random_numbers import draw_words, gumbel_noise
 from batchllm.executor.sampler import choose_tokens
 
 VOCABULARY = 120
@@ -34,11 +33,10 @@ def keys_of(rows: int) -> NDArray[np.uint64]:
     return np.random.default_rng(3).integers(0, 2**64, (rows, 2), dtype=np.uint64)
 
 
-def last_drawn_keys(rows: int) -> NDArray[np.uint64]:
-    """Keys whose numbers at index i % 11 are so near 1 that the last of the tokens that limits keep is drawn."""
-    candidates = np.random.default_rng(4).integers(0, 2**64, (rows, 4000, 2), dtype=np.uint64)
-    numbers = [uniform(keys, np.full(4000, row % 11)) for row, keys in enumerate(candidates)]
-    return np.array([keys[np.argmax(drawn)] for keys, drawn in zip(candidates, numbers, strict=True)])
+def noise_of(keys: NDArray[np.uint64]) -> Tensor:
+    """The CPU path's noise of rows at index i % 11."""
+    words = torch.from_numpy(draw_words(keys, np.arange(len(keys)) % 11))
+    return gumbel_noise(words, torch.arange(VOCABULARY, dtype=torch.int32))
 
 
 def columns(params: Sequence[SamplingParams], device: torch.device) -> tuple[Tensor, ...]:
@@ -82,14 +80,13 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "_CANDIDATES", 32)
 
 
-def test_uniform_numbers_are_those_of_the_cpu_path(device: torch.device) -> None:
-    keys, indices = keys_of(300), np.arange(300) * 7
+def test_noise_decides_between_equal_logits(device: torch.device) -> None:
+    """So the kernel's noise is the CPU path's."""
+    keys, flat = keys_of(64), torch.zeros(64, VOCABULARY, device=device)
     keys[0], keys[1] = 0, 2**64 - 1
-    numbers = uniform_numbers(
-        torch.from_numpy(keys.view(np.int64)).to(device), torch.from_numpy(indices).to(device)
-    )
-    assert (numbers.cpu().numpy() == uniform(keys, indices)).all()
-    assert len(set(numbers.tolist())) == 300
+    expected = noise_of(keys).argmax(dim=-1).tolist()
+    assert sample(flat, [SamplingParams(temperature=1.0)] * 64, keys) == expected
+    assert len(set(expected)) > 30
 
 
 def test_same_tokens_as_the_cpu_sampler(device: torch.device) -> None:
@@ -116,8 +113,8 @@ def test_limits_keep_the_same_tokens(device: torch.device) -> None:
         SamplingParams(temperature=3.0, top_p=0.97),
         SamplingParams(temperature=1.7, min_p=0.1),
     ]
-    logits, keys = random_logits(len(some)).to(device), last_drawn_keys(len(some))
-    assert sample(logits, some, keys) == on_cpu(logits, some, keys)
+    logits = random_logits(len(some)).to(device)
+    assert sample(logits, some, keys_of(len(some))) == on_cpu(logits, some, keys_of(len(some)))
 
 
 @pytest.mark.usefixtures("few_candidates")
@@ -135,8 +132,8 @@ def test_equal_logits_are_kept_and_drawn_in_order_of_tokens(device: torch.device
 
 def test_reference_chooses_as_the_cpu_sampler(device: torch.device) -> None:
     logits, keys = random_logits(len(SETTINGS)).to(device), keys_of(len(SETTINGS))
-    numbers = torch.from_numpy(uniform(keys, np.arange(len(SETTINGS)) % 11)).to(device)
-    chosen = sampler.sample_tokens_reference(logits, *columns(SETTINGS, device), numbers)
+    noise = noise_of(keys).to(device)
+    chosen = sampler.sample_tokens_reference(logits, *columns(SETTINGS, device), noise)
     assert chosen.tolist() == on_cpu(logits, SETTINGS, keys)
 
 
