@@ -43,6 +43,10 @@ class KvMemory(Protocol):
         """Most slots that were ever handed out at once."""
         ...
 
+    def usable(self, extents: int) -> int:
+        """Tokens that so many extents can hold together, with what rounding may be expected to cost."""
+        ...
+
     def allocate(self, tokens: int, high: bool = False) -> Any | None:
         """An extent of at least `tokens` slots, or None; `high` for shared nodes, to keep them apart from leaves."""
         ...

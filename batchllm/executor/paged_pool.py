@@ -69,6 +69,10 @@ class PagedPool:
         """Slots that are handed out."""
         return (len(self._free) - int(np.count_nonzero(self._free))) * self.page_size
 
+    def usable(self, extents: int) -> int:
+        """Half of each extent's last page stays empty, on average."""
+        return max(0, self.capacity - extents * self.page_size // 2)
+
     def allocate(self, tokens: int, high: bool = False) -> PagedExtent | None:
         """Whole pages for `tokens` slots, neighbours if there are enough; None when too few are free.
 

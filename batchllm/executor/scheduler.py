@@ -255,7 +255,8 @@ class Scheduler:
         if run is None or len(self.running) >= self.max_running:
             return False
         alone = not self.running
-        if not alone and not admission.fits(run, self.pool.capacity):
+        extents = len(self.running) + len(self.nodes.shared) + 1
+        if not alone and not admission.fits(run, self.pool.usable(extents)):
             return False
         lead = min(_LEAD, admission.remaining(run))
         placed = self._place(builder, run, lead, alone) or (alone and self._place(builder, run, 1, alone))

@@ -104,6 +104,11 @@ def test_copies_follow_the_pages() -> None:
     assert marks(pool, target, 8) == {0.0, 2.0, 4.0, 6.0, 9.0}, "nothing beyond the copied slots changes"
 
 
+def test_half_a_page_of_each_extent_counts_as_lost() -> None:
+    pool = make_pool(10)
+    assert pool.usable(0) == 40 and pool.usable(6) == 40 - 12 and pool.usable(100) == 0
+
+
 def test_it_is_what_the_scheduler_asks_for() -> None:
     pool: KvMemory = make_pool(3)
     assert pool.capacity == 12 and pool.layers == LAYERS and pool.dtype == torch.float32
