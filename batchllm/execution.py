@@ -27,6 +27,7 @@ from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from batchllm.executor.device import Placement
     from batchllm.executor.engine import Engine, EngineOptions, EngineStats
     from batchllm.executor.model import ModelRunner
 
@@ -47,6 +48,7 @@ class Execution:
     prompts: PromptTable
     requests: RequestTable
     store: ResultStore
+    placement: Placement
     model: LoadedModel | None  # None: not loaded yet
     past: PastLengths | None  # answers of an earlier run
     distinct_tokens: int = 0  # of the prompts that had no answer yet
@@ -67,7 +69,7 @@ def answer_all(run: Execution) -> None:
         return
     from batchllm.executor.budget import too_long
 
-    run.model = run.model or load_checked_model(job, run.watch)
+    run.model = run.model or load_checked_model(job, run.watch, run.placement)
     hopeless, reason = too_long(prompts, requests, ~store.done, run.model.kv_tokens)
     store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"):
@@ -104,7 +106,7 @@ def _first(draft: PlanDraft, sample_rows: int | None) -> NDArray[np.bool_] | Non
     return sampled if missing.any() and not missing.all() else None
 
 
-def load_checked_model(job: JobSpec, watch: Stopwatch) -> LoadedModel:
+def load_checked_model(job: JobSpec, watch: Stopwatch, placement: Placement) -> LoadedModel:
     """The model, checked, and the tokens that its KV memory holds."""
     from batchllm.executor.budget import kv_token_budget
     from batchllm.executor.model import load_model
@@ -112,11 +114,11 @@ def load_checked_model(job: JobSpec, watch: Stopwatch) -> LoadedModel:
     from batchllm.executor.quantize import quantize_model
 
     with watch.time("load"):
-        model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code)
+        model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code, placement)
         check_parity(model)
         if job.model.quantize:
             quantize_model(model, job.model.quantize)
-    return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory))
+    return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory, job.engine.max_step_tokens))
 
 
 def _carry_out(run: Execution, draft: PlanDraft, lengths: LengthEstimator, file: str) -> None:
@@ -124,7 +126,8 @@ def _carry_out(run: Execution, draft: PlanDraft, lengths: LengthEstimator, file:
     assert run.model is not None
     job, (model, kv_tokens) = run.job, run.model
     with run.watch.time("plan"), run.progress.stage("planning", len(draft.sequences.request)) as stage:
-        memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens))
+        on_gpu = run.placement.gpu is not None
+        memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens, gpu=on_gpu))
         model_fingerprint = fingerprint(job.model.path, job.model.quantize)
         draft = draft.expecting(lengths.mean_total)
         plan, reason = plan_for_model(model, model_fingerprint, draft, job.engine.order, memory)
@@ -142,15 +145,15 @@ def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: L
     model, kv_tokens = run.model
     from batchllm.executor.budget import engine_options
     from batchllm.executor.engine import Engine
-    from batchllm.executor.kv_pool import bytes_per_token
     from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 
     rules = StopRules(end_of_sequence_ids(model.model.generation_config, run.tokenizer), run.tokenizer)
-    options = engine_options(plan, run.prompts, kv_tokens, run.job.engine.max_step_tokens)
+    on_gpu = run.placement.gpu is not None
+    options = engine_options(plan, run.prompts, kv_tokens, run.job.engine.max_step_tokens, gpu=on_gpu)
     run.forecasts.append(_forecast(run, plan, lengths, options))
     engine = Engine(model, plan, run.prompts, run.requests, rules, options, lengths)
     run.engines.append(engine.stats)
-    run.kv_token_bytes = bytes_per_token(model.layers, model.dtype)
+    run.kv_token_bytes = model.backend.bytes_per_token(model.layers, model.dtype)
     run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
     done = int(run.store.done.sum())
     with run.watch.time("run"), run.progress.stage("running", len(run.requests), done) as stage:

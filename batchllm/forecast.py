@@ -14,7 +14,7 @@ from batchllm.core import Plan, PromptTable
 from batchllm.job import JobSpec
 from batchllm.planner.choose import choose_order
 from batchllm.planner.cost import step_costs
-from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, cpu_profile
+from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, cpu_profile, gpu_profile
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.model_shape import ModelShape, model_shape
 from batchllm.planner.ordering import OrderName
@@ -131,7 +131,8 @@ def plan_for_model(
 ) -> tuple[Plan, str]:
     """`ordered_plan` for the model in memory. Nothing is measured for it: orders are compared with each other only."""
     dtype = str(model.dtype).removeprefix("torch.")
-    profile = this_device(fingerprint, dtype, draft.prompts)
+    gpu = model.placement.gpu
+    profile = gpu_profile(gpu.name, dtype) if gpu else this_device(fingerprint, dtype, draft.prompts)
     return ordered_plan(draft, order, model_shape(model.text_config), profile, dtype, options)
 
 
@@ -165,6 +166,8 @@ def forecast_run(
     def with_profile(profile: DeviceProfile) -> Forecast:
         return forecast(simulation, outputs, plan.num_sequences, shape, profile, dtype)
 
+    if model.placement.gpu:
+        return with_profile(gpu_profile(model.placement.gpu.name, dtype))
     rough = with_profile(cpu_profile(dtype, torch.get_num_threads()))
     worth_it = rough.seconds >= MEASURED_FROM_SECONDS
     profile = calibrated_profile(model, fingerprint, prompts.params[0], may_measure=worth_it)

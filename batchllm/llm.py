@@ -21,9 +21,11 @@ from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import prompts_from_list
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.budget import engine_options, kv_token_budget, too_long
+from batchllm.executor.device import choose_device, this_machine
 from batchllm.executor.engine import Engine
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model import load_model
+from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.executor.parity import check_parity
 from batchllm.executor.quantize import check_quantization, quantize_model
@@ -107,6 +109,7 @@ class LLM:
         model: str,
         *,
         dtype: str = "auto",
+        device: str = "auto",
         quantize: str | None = None,
         trust_remote_code: bool = False,
         kv_memory: int | str = "auto",
@@ -121,7 +124,9 @@ class LLM:
             check_quantization(quantize)
         check_model_folder(str(model), trust_remote_code, need_tokenizer=not skip_tokenizer_init)
         self._tokenizer = None if skip_tokenizer_init else load_tokenizer(str(model), trust_remote_code)
-        self._model = load_model(str(model), dtype, trust_remote_code)
+        config, _ = load_config(str(model), trust_remote_code)
+        placement = choose_device(_device(device), weight_bytes(config, dtype), this_machine())
+        self._model = load_model(str(model), dtype, trust_remote_code, placement)
         check_parity(self._model)
         if quantize is not None:
             quantize_model(self._model, quantize)
@@ -187,7 +192,7 @@ class LLM:
     def _results(self, prompts: PromptTable, requests: RequestTable) -> Any:
         pending = np.ones(len(requests), dtype=bool)
         yield from faults_of(pending, prompts, requests)
-        kv_tokens = kv_token_budget(self._model, self._kv_memory)
+        kv_tokens = kv_token_budget(self._model, self._kv_memory, self._max_step_tokens)
         hopeless, reason = too_long(prompts, requests, pending, kv_tokens)
         yield from (error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless))
         plan = build_plan(prompts, requests, pending & ~hopeless, self._plan_options)
@@ -196,7 +201,8 @@ class LLM:
         rules = StopRules(
             end_of_sequence_ids(self._model.model.generation_config, self._tokenizer), self._tokenizer
         )
-        options = engine_options(plan, prompts, kv_tokens, self._max_step_tokens)
+        on_gpu = self._model.placement.gpu is not None
+        options = engine_options(plan, prompts, kv_tokens, self._max_step_tokens, gpu=on_gpu)
         for finished in Engine(self._model, plan, prompts, requests, rules, options, trace=self.trace).run():
             yield from answers_of(finished, plan, prompts, requests)
 
@@ -226,6 +232,12 @@ def _outputs(
         )
         for row, prompt in enumerate(many)
     ]
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, found {name!r}")
+    return name
 
 
 def _text_of(prompt: Any) -> str | None:

@@ -13,7 +13,6 @@ from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
-from batchllm.errors import JobError
 from batchllm.execution import Execution, answer_all, load_checked_model
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import check_model_folder, fingerprint
@@ -29,6 +28,7 @@ from batchllm.report.summary import summary_text
 if TYPE_CHECKING:
     import polars as pl
 
+    from batchllm.executor.device import Placement
     from batchllm.executor.gate import LengthLimit
 
 
@@ -55,7 +55,9 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     Ctrl-C keeps every answer found so far; the same call then goes on from there.
     """
     progress, watch = Progress(quiet=quiet), Stopwatch()
-    config, limit = _check_model(job)
+    config, limit, placement = _check_model(job)
+    if placement.note:
+        progress.note(placement.note)
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     data = open_input(job.input, job.source)
     validate_columns(job, data.schema)
@@ -72,7 +74,8 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
         # When the model turns out not to run, nothing may be left in a new folder and nothing of another job's
         # results may be lost, so it is loaded first.
         is_new = overwrite or not parquet_files(job.output.path)
-        model = load_checked_model(job, watch) if is_new and len(prompts.faults) < prompts.num_rows else None
+        is_needed = is_new and len(prompts.faults) < prompts.num_rows
+        model = load_checked_model(job, watch, placement) if is_needed else None
         with ResultStore.open(
             job.output.path,
             identity,
@@ -87,24 +90,23 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             overwrite=overwrite,
             claim=claim,
         ) as store:
-            run = Execution(job, tokenizer, progress, watch, prompts, requests, store, model, past)
+            run = Execution(job, tokenizer, progress, watch, prompts, requests, store, placement, model, past)
             interrupted = _answer_and_finish(run)
             return _summary(run, rows.reordering_saves, interrupted)
 
 
-def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None]:
-    from batchllm.executor.model_config import load_config
+def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None, Placement]:
+    from batchllm.executor.device import choose_device, this_machine
+    from batchllm.executor.model_config import load_config, weight_bytes
 
-    if job.engine.device == "cuda":
-        raise JobError(
-            f"{job.source}: engine.device: this version runs on the CPU only; set it to cpu or auto."
-        )
     check_model_folder(job.model.path, job.model.trust_remote_code)
     if job.model.quantize:
         from batchllm.executor.quantize import check_quantization
 
         check_quantization(job.model.quantize)
-    return load_config(job.model.path, job.model.trust_remote_code)
+    config, limit = load_config(job.model.path, job.model.trust_remote_code)
+    size = weight_bytes(config, job.model.dtype)
+    return config, limit, choose_device(job.engine.device, size, this_machine())
 
 
 def _answer_and_finish(run: Execution) -> bool:

@@ -16,6 +16,7 @@ from batchllm_kernels.tile_config import TileConfig, best_page_size, tile_config
 from batchllm_kernels.tile_plan import Ints, KvReads, plan_tiles
 from torch import Tensor
 
+from batchllm.executor.device_memory import largest_pool
 from batchllm.executor.kv_pool import LayerKv
 from batchllm.executor.paged_pool import PagedExtent, PagedPool
 from batchllm.executor.step import Chunk, SharedRead, StepBatch
@@ -33,7 +34,13 @@ class PagedBackend:
 
     def make_pool(self, layers: Sequence[LayerKv], kv_tokens: int, dtype: torch.dtype) -> PagedPool:
         best = min(best_page_size(layer.key_dim, layer.value_dim) for layer in layers)
-        return PagedPool(layers, kv_tokens, dtype, self.device, self.page_size or best)
+        page_size = self.page_size or best
+        return largest_pool(
+            lambda tokens: PagedPool(layers, tokens, dtype, self.device, page_size), kv_tokens, page_size
+        )
+
+    def bytes_per_token(self, layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
+        return sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize
 
     def attention(self, pool: PagedPool, batch: StepBatch) -> PagedStepAttention:
         return PagedStepAttention(pool, batch, self.target, self.resident_programs)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from batchllm.core import PromptTable, RequestTable, SamplingParams
 from batchllm.executor.attention_cpu import CpuStepAttention
+from batchllm.executor.backend import CpuBackend
 from batchllm.executor.engine import Engine, EngineOptions
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.model import ModelRunner
@@ -233,6 +234,7 @@ class _InstantModel:
 
     def __init__(self, model: ModelRunner, rows: int, vocabulary: int) -> None:
         self.layers, self.dtype = model.layers[:1], model.dtype
+        self.backend = CpuBackend()
         self._logits = torch.randn(rows, vocabulary)
 
     def forward(self, batch: StepBatch, _attention: object) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchllm.core import Plan, PromptTable, RequestTable, SequenceResult
-from batchllm.executor.backend import Backend, CpuBackend
+from batchllm.executor.backend import Backend
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.running import Running
 from batchllm.executor.sampler import choose_tokens, token_logprobs
@@ -61,7 +61,7 @@ class Engine:
         self.model, self.plan, self.stop_rules = model, plan, stop_rules
         self.trace = trace
         self.stats = EngineStats()
-        self.backend: Backend = backend or CpuBackend()
+        self.backend: Backend = backend or model.backend
         self.pool = self.backend.make_pool(model.layers, options.kv_tokens, model.dtype)
         self.scheduler = Scheduler(
             plan,
@@ -113,7 +113,8 @@ class Engine:
         if any(sample.logit_row < 0 for sample in samples):
             rows = torch.stack([self._logits_of(sample, logits) for sample in samples])
         else:
-            rows = logits[torch.tensor([sample.logit_row for sample in samples])]
+            rows = logits[torch.tensor([sample.logit_row for sample in samples], device=logits.device)]
+        rows = rows.cpu()
         running = [self.scheduler.running[sample.sequence] for sample in samples]
         params = [run.params for run in running]
         indices = np.array([len(run.output) for run in running], dtype=np.int64)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from batchllm.errors import ModelError
+from batchllm.executor.backend import Backend
+from batchllm.executor.device import Placement
 from batchllm.executor.forward_context import (
     ATTENTION_NAME,
     StepAttention,
@@ -29,10 +33,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class ModelRunner:
-    """A loaded model that passed the gate. `layers` is the KV shape of each layer."""
+    """A loaded model that passed the gate. `layers` is the KV shape of each layer, `backend` what its steps use."""
 
-    def __init__(self, model: Any, limit: LengthLimit | None = None):
-        self.model: Any = model.eval()
+    def __init__(self, model: Any, limit: LengthLimit | None = None, placement: Placement | None = None):
+        placement = placement or Placement()
+        self.placement = placement
+        self.backend: Backend = placement.backend()
+        self.device = placement.device
+        self.model: Any = model.eval().to(self.device)
         self.config: Any = self.model.config
         self.text_config: Any = self.config.get_text_config()
         self.limit = limit
@@ -55,8 +63,8 @@ class ModelRunner:
         """Logits of `batch.logit_rows`, [L, vocabulary], float32."""
         with attention_of(attention):
             output = self.model(
-                input_ids=torch.from_numpy(batch.tokens).unsqueeze(0),
-                position_ids=torch.from_numpy(batch.positions).unsqueeze(0),
+                input_ids=self._on_device(batch.tokens).unsqueeze(0),
+                position_ids=self._on_device(batch.positions).unsqueeze(0),
                 use_cache=False,
                 logits_to_keep=self._logits_to_keep(batch, attention),
             )
@@ -64,8 +72,8 @@ class ModelRunner:
         return logits.float()
 
     def fuse(self) -> bool:
-        """Swaps in faster decoder layers where they match. Returns whether it did."""
-        self.fused = self.fused or fuse_layers(self.model)
+        """Swaps in faster decoder layers where they match and the device is a CPU. Returns whether it did."""
+        self.fused = self.fused or (self.placement.gpu is None and fuse_layers(self.model))
         return self.fused
 
     def unfuse(self) -> None:
@@ -78,15 +86,19 @@ class ModelRunner:
         """Fused layers return the tokens with logits alone, where they can: then all of them are kept (0)."""
         if self.fused and attention.logit_rows is not None:
             return 0
-        return torch.from_numpy(batch.logit_rows)
+        return self._on_device(batch.logit_rows)
+
+    def _on_device(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _probe_layers(self) -> tuple[LayerKv, ...]:
         """Runs two tokens to see which layers call attention, once each and with which KV shape."""
         probe = _ShapeProbe()
-        tokens = torch.zeros(1, 2, dtype=torch.long)
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        positions = torch.arange(2, device=self.device).unsqueeze(0)
         try:
             with attention_of(probe), torch.inference_mode():
-                self.model(input_ids=tokens, position_ids=torch.arange(2).unsqueeze(0), use_cache=False)
+                self.model(input_ids=tokens, position_ids=positions, use_cache=False)
         except UnsupportedAttention as error:
             raise refused(self.model_type, str(error)) from None
         count = int(self.text_config.num_hidden_layers)
@@ -106,7 +118,9 @@ class _ShapeProbe:
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 
 
-def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> ModelRunner:
+def load_model(
+    path: str, dtype: str = "auto", trust_remote_code: bool = False, placement: Placement | None = None
+) -> ModelRunner:
     """Loads safetensors weights and checks that this model can run exactly. Raises ModelError."""
     register()
     config, limit = load_config(path, trust_remote_code)
@@ -130,10 +144,18 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
             f"model.path: {path} lacks {len(missing)} of the model's weights ({missing[0]} ...); "
             f"copy all of its safetensors files."
         )
-    return prepare_model(model, limit)
+    try:
+        return prepare_model(model, limit, placement)
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"model.path: the weights of {path} do not fit in the GPU's memory; choose a smaller model.dtype "
+            f"or set engine.device to cpu."
+        ) from None
 
 
-def prepare_model(model: Any, limit: LengthLimit | None = None) -> ModelRunner:
+def prepare_model(
+    model: Any, limit: LengthLimit | None = None, placement: Placement | None = None
+) -> ModelRunner:
     """Wraps a model that is already in memory; its attention is switched to ours."""
     register()
     model_type = model.config.model_type
@@ -143,4 +165,4 @@ def prepare_model(model: Any, limit: LengthLimit | None = None) -> ModelRunner:
         raise refused(model_type, "transformers does not let its attention be replaced")
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise refused(model_type, "its forward cannot return the logits of chosen tokens only")
-    return ModelRunner(model, limit)
+    return ModelRunner(model, limit, placement)

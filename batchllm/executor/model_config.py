@@ -8,6 +8,8 @@ from transformers import AutoConfig
 
 from batchllm.errors import ModelError
 from batchllm.executor.gate import LengthLimit, check_config
+from batchllm.planner.hardware import BYTES_PER_VALUE
+from batchllm.planner.model_shape import model_shape
 
 
 def load_config(path: str, trust_remote_code: bool) -> tuple[Any, LengthLimit | None]:
@@ -17,6 +19,13 @@ def load_config(path: str, trust_remote_code: bool) -> tuple[Any, LengthLimit | 
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.path: {path} cannot be opened as a model: {first_line(error)}") from None
     return config, check_config(config)
+
+
+def weight_bytes(config: Any, dtype: str) -> int:
+    """Bytes of the weights loaded as `dtype`, which is a name or auto."""
+    name = str(getattr(config, "dtype", None) or "float32") if dtype == "auto" else dtype
+    size = BYTES_PER_VALUE.get(name.removeprefix("torch."), BYTES_PER_VALUE["float32"])
+    return model_shape(config.get_text_config()).weight_bytes(size)
 
 
 def first_line(error: BaseException) -> str:

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.forward_context import ATTENTION_NAME
 from batchllm.executor.gate import refused
-from batchllm.executor.kv_pool import Extent, KvPool
+from batchllm.executor.kv_memory import KvExtent
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.step_builder import Ancestor, StepBuilder
 
 _SHARED, _TAILS = 12, (21, 9)  # two sequences over one shared node, cut into chunks
 _ALONE = 5  # and one by itself
+_ROUNDING = 4 * 64  # slots of a last page for each of four extents
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 _TOLERANCE_HALF = 0.05  # bf16 and fp16 round differently in every batch; wrong models are off by far more
 
@@ -58,7 +58,9 @@ def _run_alone(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]
     try:
         with torch.inference_mode():
             return [
-                runner.model(input_ids=torch.from_numpy(tokens).unsqueeze(0), use_cache=False)
+                runner.model(
+                    input_ids=torch.from_numpy(tokens).unsqueeze(0).to(runner.device), use_cache=False
+                )
                 .logits[0]
                 .float()
                 for tokens in sequences
@@ -70,14 +72,15 @@ def _run_alone(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]
 def _run_flat(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]:
     """The same logits from three steps: a split shared node, a split tail, and a token decoded alone."""
     first, second, alone = sequences
-    pool = KvPool(runner.layers, sum(map(len, sequences)), runner.dtype)
+    room = sum(map(len, sequences)) + _ROUNDING
+    pool = runner.backend.make_pool(runner.layers, room, runner.dtype)
     node, leaf_a, leaf_b, leaf_c = (
         pool.allocate(size) for size in (_SHARED, len(first) - _SHARED, len(second) - _SHARED, len(alone))
     )
     assert node is not None and leaf_a is not None and leaf_b is not None and leaf_c is not None
     above: list[Ancestor] = [(0, node, 0, _SHARED)]
     cut, middle = _SHARED // 2, _SHARED + _TAILS[0] // 2
-    steps: list[list[tuple[np.ndarray, int, int, int, Extent, list[Ancestor]]]] = [
+    steps: list[list[tuple[np.ndarray, int, int, int, KvExtent, list[Ancestor]]]] = [
         [(first, 0, cut, 0, node, []), (alone, 0, 3, 0, leaf_c, [])],
         [(first, cut, _SHARED, 0, node, []), (first, _SHARED, middle, _SHARED, leaf_a, above)],
         [
@@ -94,7 +97,7 @@ def _run_flat(runner: ModelRunner, sequences: list[np.ndarray]) -> list[Tensor]:
             builder.add_chunk(tokens[begin:end], begin, node_start, extent, ancestors, end - begin)
         builder.read_all_logits()
         batch = builder.build()
-        logits = runner.forward(batch, CpuStepAttention(pool, batch))
+        logits = runner.forward(batch, runner.backend.attention(pool, batch))
         for (tokens, *_), chunk in zip(step, batch.chunks):
             parts[id(tokens)].append(logits[chunk.first : chunk.first + chunk.count])
     second_parts = [*parts[id(first)][:2], *parts[id(second)]]  # its first tokens are the shared node's

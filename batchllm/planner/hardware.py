@@ -130,6 +130,12 @@ def ready_profile(name: str, dtype: str, threads: int = 1) -> DeviceProfile:
     )
 
 
+def gpu_profile(name: str, dtype: str) -> DeviceProfile:
+    """For a GPU as its driver names it ("NVIDIA H200"); one that is not known is taken for an H100."""
+    known = [key for key in _SHEETS if key in name.lower()]
+    return ready_profile(known[0] if known else "h100", dtype)
+
+
 def cpu_profile(dtype: str, threads: int) -> DeviceProfile:
     """A server CPU nobody has measured: right within a factor of two or so."""
     flops = threads * (_CPU_HALF if dtype == "bfloat16" else _CPU_SINGLE)
