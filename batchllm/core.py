@@ -68,6 +68,18 @@ class PromptTable:
 
 
 @dataclass(frozen=True)
+class ScoreTable:
+    """Which tokens of which rows are scored: their log-probability given everything before them.
+
+    A scored row's text is its prompt and one token more, `last`, which is scored and never fed. Its parameters
+    (PromptTable.params_of) are an entry that no generating row uses, and allow one token.
+    """
+
+    first: IntArray  # [rows] place in the row's text of the first scored token, at least 1; -1: the row generates
+    last: TokenArray  # [rows]
+
+
+@dataclass(frozen=True)
 class RequestTable:
     """The answers owed, in input order, and the identity of each: content + configuration, never a row number."""
 

@@ -9,33 +9,41 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from batchllm import core
-from batchllm.answers import answers_of, error_of, faults_of
 from batchllm.core import PromptTable, RequestResult, RequestTable
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import prompts_from_list
 from batchllm.dataset.tokenizer import load_tokenizer
-from batchllm.executor.budget import engine_options, kv_token_budget, too_long
 from batchllm.executor.device import choose_device, this_machine
-from batchllm.executor.engine import Engine
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model import load_model
 from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.executor.parity import check_parity
 from batchllm.executor.quantize import check_quantization, quantize_model
-from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 from batchllm.executor.trace import StepTrace
 from batchllm.job import check_params
 from batchllm.job_values import parse_bytes
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
-from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
+from batchllm.scoring import (
+    MergedContinuation,
+    Score,
+    TokenSpan,
+    after_prefix,
+    encode_all,
+    mixed_table,
+    move_spaces,
+    split_pair,
+    windows,
+)
+from batchllm.table_run import RunOptions, TableRun
 
 # What vLLM's LLM takes and has no meaning here. Named so that a script need not change, and said once.
 _WITHOUT_EFFECT = frozenset(
@@ -130,15 +138,17 @@ class LLM:
         check_parity(self._model)
         if quantize is not None:
             quantize_model(self._model, quantize)
-        self._kv_memory = (
-            parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
-        )
-        self._max_step_tokens = max_step_tokens
-        self._plan_options = PlanOptions(min_shared_tokens=min_shared_tokens)
+        memory = parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
+        self._run_options = RunOptions(memory, max_step_tokens, PlanOptions(min_shared_tokens))
         self.trace: StepTrace | None = None  # set it, and the steps of the calls that follow are recorded
 
     def get_tokenizer(self) -> Any:
         return self._tokenizer
+
+    @property
+    def config(self) -> Any:
+        """transformers' configuration of the model."""
+        return self._model.config
 
     def generate(
         self,
@@ -177,6 +187,100 @@ class LLM:
         ]
         return self.generate([list(ids) for ids in prompts], sampling_params, use_tqdm)
 
+    def score(
+        self, contexts: Sequence[Any], continuations: Sequence[Any], use_tqdm: bool = True
+    ) -> list[list[Score]]:
+        """How probable each continuation is after its context: `continuations[i]` are those of `contexts[i]`.
+
+        Texts or lists of token ids. Spaces at the end of a context count to the continuation; an empty context stands
+        for the tokenizer's BOS, or EOS. A pair that cannot be scored gives a Score with `error` set.
+        """
+        if len(contexts) != len(continuations):
+            raise ValueError(
+                f"{len(contexts)} contexts need as many lists of continuations, found {len(continuations)}"
+            )
+        spans = self._pair_spans(contexts, continuations)
+        flat = iter(self.score_and_generate([span for row in spans for span in row], use_tqdm)[0])
+        return [[next(flat) for _ in row] for row in spans]
+
+    def score_documents(
+        self, documents: Sequence[Any], prefix_token: int | None = None, use_tqdm: bool = True
+    ) -> list[Score]:
+        """How probable whole texts are, in windows of the model's length (see scoring.windows): `perplexity` of each.
+
+        The first token is scored after `prefix_token`; default: the tokenizer's first of BOS and EOS.
+        """
+        texts = encode_all(self._tokenizer, [text for text in documents if isinstance(text, str)], None)
+        prefix = self.prefix_token if prefix_token is None else prefix_token
+        rows = [texts[text] if isinstance(text, str) else list(text) for text in documents]
+        spans = [windows(row, prefix, self.max_length) for row in rows]
+        flat = iter(self.score_and_generate([span for row in spans for span in row], use_tqdm)[0])
+        return [Score.joined([next(flat) for _ in row]) for row in spans]
+
+    def score_and_generate(
+        self,
+        items: Sequence[TokenSpan | tuple[Sequence[int], core.SamplingParams] | str],
+        use_tqdm: bool = True,
+    ) -> tuple[list[Score], list[CompletionOutput]]:
+        """Texts to score and prompts to continue, planned together and run once; an item that is text is the reason
+        why there is none. Scores of the spans (and reasons) in order, first answers of the prompts in order."""
+        vocabulary = self._model.vocab_size
+        table, scored = mixed_table(items, self._model.max_length, vocabulary)
+        generated = scored.first < 0
+        prompts = refuse_unknown_tokens(table, vocabulary)
+        long = refuse_long_prompts(table, self._model.max_length).faults
+        faults = {row: reason for row, reason in long.items() if generated[row]} | dict(prompts.faults)
+        prompts = replace(prompts, faults=faults)
+        check_lengths(self._model.limit, longest_sequence(prompts), self._model.model_type)
+        requests = make_requests(prompts, None, b"")
+        first = np.searchsorted(requests.row, np.arange(len(items)))
+        answers: dict[int, RequestResult] = {}
+        run = TableRun(self._model, self._tokenizer, prompts, requests, self._run_options, scored, self.trace)
+        with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
+            for answer in run.results():
+                answers[answer.request] = answer
+                stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
+        self.last_run = run
+        scores, outputs = [], []
+        for row, item in enumerate(items):
+            answer = answers[int(first[row])]
+            if isinstance(item, tuple):
+                outputs.append(_completion(answer, 0))
+            elif answer.error is not None or isinstance(item, str):
+                scores.append(Score.failed(answer.error or str(item)))
+            else:
+                scores.append(Score(tuple(item.tokens[item.first :]), *run.score(row)))
+        return scores, outputs
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model reads at once; 2048 where it does not say, as in lm-evaluation-harness."""
+        return self._model.max_length or 2048
+
+    @property
+    def prefix_token(self) -> int:
+        """What stands before the first token of a document: BOS, or EOS where there is none."""
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self._tokenizer, name, None)
+            if token is not None:
+                return int(token)
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token; give prefix_token")
+
+    def _pair_spans(
+        self, contexts: Sequence[Any], continuations: Sequence[Any]
+    ) -> list[list[TokenSpan | str]]:
+        pairs = [
+            [(context, option) if _is_ids(context) else move_spaces(context, option) for option in options]
+            for context, options in zip(contexts, continuations)
+        ]
+        named = [pair for row in pairs for pair in row if isinstance(pair[0], str)]
+        texts = [text for context, option in named if context for text in (context, context + option)]
+        encoded = encode_all(self._tokenizer, texts, None)
+        bare = encode_all(self._tokenizer, [option for context, option in named if not context], False)
+        prefix = self.prefix_token if bare else -1
+        first = {option: after_prefix(tokens, prefix) for option, tokens in bare.items()}
+        return [[_span(context, option, encoded, first) for context, option in row] for row in pairs]
+
     def _answer(self, many: list[Any], table: PromptTable, use_tqdm: bool) -> list[RequestOutput]:
         prompts = refuse_long_prompts(table, self._model.max_length)
         prompts = refuse_unknown_tokens(prompts, self._model.text_config.vocab_size)
@@ -184,27 +288,13 @@ class LLM:
         requests = make_requests(prompts, None, b"")
         answers: list[RequestResult | None] = [None] * len(requests)
         with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
-            for answer in self._results(prompts, requests):
+            run = TableRun(
+                self._model, self._tokenizer, prompts, requests, self._run_options, trace=self.trace
+            )
+            for answer in run.results():
                 answers[answer.request] = answer
                 stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
         return _outputs(many, prompts, requests, answers)
-
-    def _results(self, prompts: PromptTable, requests: RequestTable) -> Any:
-        pending = np.ones(len(requests), dtype=bool)
-        yield from faults_of(pending, prompts, requests)
-        kv_tokens = kv_token_budget(self._model, self._kv_memory, self._max_step_tokens)
-        hopeless, reason = too_long(prompts, requests, pending, kv_tokens)
-        yield from (error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless))
-        plan = build_plan(prompts, requests, pending & ~hopeless, self._plan_options)
-        if not plan.num_sequences:
-            return
-        rules = StopRules(
-            end_of_sequence_ids(self._model.model.generation_config, self._tokenizer), self._tokenizer
-        )
-        on_gpu = self._model.placement.gpu is not None
-        options = engine_options(plan, prompts, kv_tokens, self._max_step_tokens, gpu=on_gpu)
-        for finished in Engine(self._model, plan, prompts, requests, rules, options, trace=self.trace).run():
-            yield from answers_of(finished, plan, prompts, requests)
 
 
 def _outputs(
@@ -214,14 +304,7 @@ def _outputs(
     for answer in answers:
         assert answer is not None, "a request was not answered"
         outputs[int(requests.row[answer.request])].append(
-            CompletionOutput(
-                index=int(requests.sample[answer.request]),
-                text=answer.output or "",
-                token_ids=answer.output_tokens,
-                finish_reason=answer.finish_reason,
-                logprobs=answer.logprobs,
-                error=answer.error,
-            )
+            _completion(answer, int(requests.sample[answer.request]))
         )
     return [
         RequestOutput(
@@ -238,6 +321,37 @@ def _device(name: str) -> str:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, found {name!r}")
     return name
+
+
+def _completion(answer: RequestResult, index: int) -> CompletionOutput:
+    return CompletionOutput(
+        index=index,
+        text=answer.output or "",
+        token_ids=answer.output_tokens,
+        finish_reason=answer.finish_reason,
+        logprobs=answer.logprobs,
+        error=answer.error,
+    )
+
+
+def _span(
+    context: Any, option: Any, encoded: Mapping[str, Sequence[int]], first: Mapping[str, TokenSpan]
+) -> TokenSpan | str:
+    """The tokens of a pair, or what is wrong with it. `first`: those of continuations of an empty context."""
+    if not len(option):
+        return "the continuation is empty; give it text of its own"
+    if _is_ids(context):
+        return TokenSpan([*context, *option], len(context))
+    if not context:
+        return first[option]
+    try:
+        return split_pair(encoded[context], encoded[context + option])
+    except MergedContinuation as error:
+        return str(error)
+
+
+def _is_ids(value: Any) -> bool:
+    return not isinstance(value, str)
 
 
 def _text_of(prompt: Any) -> str | None:

@@ -29,7 +29,7 @@ class CpuStepAttention:
         self._copy_from = torch.from_numpy(batch.copy_from)
         self._copy_to = torch.from_numpy(batch.copy_to)
         self._all = (batch.chunks, batch.shared_reads)
-        self._last = batch.last_tokens()
+        self._last = batch.logit_tokens()
         self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
         self._reads: dict[tuple[int | None, bool], StepReads] = {}  # by sliding window and last_only
 
@@ -67,7 +67,7 @@ class CpuStepAttention:
     def _planned(self, window: int | None, last_only: bool, dtype: torch.dtype) -> StepReads:
         if (window, last_only) not in self._reads:
             work = self._last if last_only else self._all
-            assert work is not None, "logits are read of tokens that do not end a chunk"
+            assert work is not None, "logits are read of every token"
             self._reads[window, last_only] = plan_reads(*work, window, dtype)
         return self._reads[window, last_only]
 

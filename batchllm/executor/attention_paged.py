@@ -70,7 +70,7 @@ class PagedStepAttention:
         self._resident_programs = resident_programs
         self._device = pool.keys[0].device
         self._batch = batch
-        self._last = batch.last_tokens()
+        self._last = batch.logit_tokens()
         slots = self._on_device(batch.slots)
         self._pages, self._in_page = slots // pool.page_size, slots % pool.page_size
         self._copy_from, self._copy_to = self._on_device(batch.copy_from), self._on_device(batch.copy_to)
@@ -117,7 +117,7 @@ class PagedStepAttention:
         kind = (config, heads, kv_heads, window, last_only)
         if kind not in self._plans:
             work = self._last if last_only else (self._batch.chunks, self._batch.shared_reads)
-            assert work is not None, "logits are read of tokens that do not end a chunk"
+            assert work is not None, "logits are read of every token"
             positions = self._batch.positions[self._batch.logit_rows] if last_only else self._batch.positions
             plan = plan_tiles(
                 kv_reads(*work, positions),

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from batchllm.core import Plan, PromptTable, RequestTable, SequenceResult
 from batchllm.executor.backend import Backend
+from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.running import Running
 from batchllm.executor.sampler import choose_tokens, token_logprobs
 from batchllm.executor.scheduler import Scheduler
-from batchllm.executor.step import Sample, StepBatch
+from batchllm.executor.scores import ScoreStore, slice_rows
+from batchllm.executor.step import UNREAD, Sample, StepBatch, StepScores
 from batchllm.executor.stopping import StopRules
 from batchllm.executor.trace import StepTrace
 from batchllm.planner.lengths import LengthEstimator
+from batchllm.planner.score_reads import ScoreReads
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Engine:
         estimator: LengthEstimator | None = None,
         trace: StepTrace | None = None,
         backend: Backend | None = None,
+        score_reads: ScoreReads | None = None,
     ):
         self.model, self.plan, self.stop_rules = model, plan, stop_rules
         self.trace = trace
@@ -71,7 +75,9 @@ class Engine:
             options.max_step_tokens,
             model.max_length,
             options.max_running,
+            score_reads,
         )
+        self.scores = ScoreStore.empty(score_reads.num_scores if score_reads else 0)
         first_request = plan.request[plan.request_ptr[:-1]]
         self._keys = requests.key[first_request]  # [sequences, 2]
         self._kept_logits: dict[int, Tensor] = {}
@@ -83,7 +89,7 @@ class Engine:
             self._lap("schedule")
             logits = self._forward(batch)
             self._lap("forward")
-            tokens, logprobs = self._sample(batch.samples, logits)
+            tokens, logprobs = self._choose(batch.samples, logits)
             self._lap("sample")
             finished = self.scheduler.absorb(batch, tokens, logprobs, self._has_ended)
             self._lap("absorb")
@@ -101,10 +107,38 @@ class Engine:
             return torch.empty(0, 0)
         attention = self.backend.attention(self.pool, batch)
         self._lap("prepare")
-        logits = self.model.forward(batch, attention)
+        if batch.scores is None:
+            logits = self.model.forward(batch, attention)
+        else:
+            logits = self._forward_scored(batch, batch.scores, attention)
         for node, row in batch.keep_logits:
             self._kept_logits[node] = logits[row].clone()
         return logits
+
+    def _forward_scored(self, batch: StepBatch, scores: StepScores, attention: StepAttention) -> Tensor:
+        """Reads the step's scores, a slice of logits at a time; [S, V] logits of the rows sampled from."""
+        sampled, kept = scores.sampled, [torch.empty(0, self.model.vocab_size, device=self.model.device)]
+        for first, logits in self.model.forward_in_slices(
+            batch, attention, slice_rows(self.model.vocab_size)
+        ):
+            self.scores.read(scores, first, logits)
+            inside = sampled[(first <= sampled) & (sampled < first + len(logits))]
+            if len(inside):
+                kept.append(logits[torch.from_numpy(inside - first).to(logits.device)])
+        return torch.cat(kept)
+
+    def _choose(self, samples: list[Sample], logits: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """`_sample` where some sequences are scored: these get token 0, which nobody reads."""
+        chosen = [index for index, sample in enumerate(samples) if sample.logit_row != UNREAD]
+        if len(chosen) == len(samples):
+            return self._sample(samples, logits)
+        tokens, logprobs = np.zeros(len(samples), dtype=np.int64), None
+        some_tokens, some_logprobs = self._sample([samples[index] for index in chosen], logits)
+        tokens[chosen] = some_tokens
+        if some_logprobs is not None:
+            logprobs = np.zeros(len(samples), dtype=np.float32)
+            logprobs[chosen] = some_logprobs
+        return tokens, logprobs
 
     def _sample(self, samples: list[Sample], logits: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         """One token for each sample, and its log-probability if any sequence asks for it."""
@@ -137,6 +171,8 @@ class Engine:
     def _result(self, run: Running) -> SequenceResult:
         reason = self.stop_rules.finish_reason(run.output, run.limit, run.params)
         assert reason is not None
+        if self.scheduler.is_scored(run.sequence):
+            return SequenceResult(run.sequence, (), "", "length")
         return SequenceResult(
             sequence=run.sequence,
             tokens=tuple(run.output),
@@ -157,7 +193,7 @@ class Engine:
         self.stats.steps += 1
         self.stats.prompt_tokens_computed += batch.prompt_tokens
         self.stats.recomputed_tokens += len(batch.tokens) - batch.prompt_tokens - batch.decode_tokens
-        self.stats.output_tokens += len(batch.samples)
+        self.stats.output_tokens += sum(sample.logit_row != UNREAD for sample in batch.samples)
         self.stats.preemptions = self.scheduler.preemptions
         self.stats.kv_tokens_used = self.pool.used
         self.stats.kv_tokens_peak = self.pool.peak

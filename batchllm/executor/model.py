@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ class ModelRunner:
         return str(self.config.model_type)
 
     @property
+    def vocab_size(self) -> int:
+        """Logits of one row."""
+        return int(self.text_config.vocab_size)
+
+    @property
     def max_length(self) -> int | None:
         """Most tokens a sequence may have (prompt and output), if the model states one."""
         stated = getattr(self.text_config, "max_position_embeddings", None)
@@ -70,6 +76,35 @@ class ModelRunner:
             )
         logits: Tensor = output.logits[0]
         return logits.float()
+
+    @torch.inference_mode()
+    def forward_in_slices(
+        self, batch: StepBatch, attention: StepAttention, rows: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The logits that `forward` gives, at most `rows` rows at once: (number of the first row, [n, V])."""
+        wanted = self._on_device(batch.logit_rows)
+        if self.fused and attention.logit_rows is not None:
+            wanted = torch.arange(len(wanted), device=self.device)
+        # What is below the output projection runs once; the projection, with all that a model does after it
+        # (scaling, capping), runs for each slice.
+        base = getattr(self.model, self.model.base_model_prefix)
+        outputs: list[Any] = []
+        hook = base.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
+        try:
+            for first in range(0, len(wanted), rows):
+                with attention_of(attention):
+                    output = self.model(
+                        input_ids=tokens.unsqueeze(0),
+                        position_ids=positions.unsqueeze(0),
+                        use_cache=False,
+                        logits_to_keep=wanted[first : first + rows],
+                    )
+                base.forward = lambda *_arguments, **_named: outputs[0]
+                yield first, output.logits[0].float()
+        finally:
+            hook.remove()
+            vars(base).pop("forward", None)
 
     def fuse(self) -> bool:
         """Swaps in faster decoder layers where they match and the device is a CPU. Returns whether it did."""

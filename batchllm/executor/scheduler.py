@@ -17,9 +17,10 @@ from batchllm.executor.admission import Admission
 from batchllm.executor.kv_memory import KvExtent, KvMemory
 from batchllm.executor.node_store import NodeStore
 from batchllm.executor.running import Running
-from batchllm.executor.step import Sample, StepBatch
+from batchllm.executor.step import KEPT, UNREAD, Sample, StepBatch
 from batchllm.executor.step_builder import Ancestor, StepBuilder
 from batchllm.planner.lengths import LengthEstimator
+from batchllm.planner.score_reads import ScoreReads
 
 _ROUND = 16  # leaf extents are multiples of this many slots, so that neighbours are often equally long
 _LEAD = 128  # most output tokens a leaf reserves ahead
@@ -37,6 +38,7 @@ class Scheduler:
         max_step_tokens: int,
         max_length: int | None,
         max_running: int,
+        scores: ScoreReads | None = None,
     ):
         self.plan, self.prompts, self.pool = plan, prompts, pool
         self.estimator = estimator
@@ -53,7 +55,9 @@ class Scheduler:
             deque()
         )  # nodes with tokens to compute; a leaf's owner
         self._awaiting: dict[int, list[Running]] = {}  # zero-length leaves whose parent is being computed
-        self._zero_leaves = _count_zero_leaves(plan)
+        self._scores = scores
+        self._scored = np.zeros(plan.num_sequences, dtype=bool) if scores is None else scores.scored
+        self._zero_leaves = _count_zero_leaves(plan, ~self._scored)
 
     def schedule(self) -> StepBatch | None:
         builder = StepBuilder()
@@ -73,6 +77,10 @@ class Scheduler:
     def waiting(self) -> int:
         """Sequences that have not started, or stepped back and have not come back."""
         return self.plan.num_sequences - self._next + len(self._returning)
+
+    def is_scored(self, sequence: int) -> bool:
+        """Whether the sequence's tokens are scored and none is chosen."""
+        return bool(self._scored[sequence])
 
     def keeps_logits(self, node: int) -> bool:
         """Whether logits at the end of `node` will be needed by sequences that start later."""
@@ -210,6 +218,8 @@ class Scheduler:
         start = int(self.plan.node_start[node])
         prompt = min(count, max(0, self.nodes.prompt_length(node) - done))
         builder.add_chunk(tokens, start + done, start, extent, self._ancestors(path), prompt)
+        if self._scores is not None:
+            builder.read_scores(self._scores.within(node, start + done, start + done + count))
         self.nodes.computed[node] = done + count
         if done + count == total:
             self._queue.popleft()
@@ -219,14 +229,20 @@ class Scheduler:
         """All known tokens of a node are in this step: samples what can be sampled from its last one."""
         if owner is not None:
             owner.prefilling = False
-            builder.samples.append(Sample(owner.sequence, builder.read_last_logits(node), node))
-        elif self._zero_leaves.get(node):
+            row = UNREAD if self._scored[owner.sequence] else builder.read_last_logits(node)
+            builder.samples.append(Sample(owner.sequence, row, node))
+            return
+        row = UNREAD
+        if self._zero_leaves.get(node):
             row = builder.read_last_logits(node)
             builder.keep_logits.append((node, row))
-            for run in self._awaiting.pop(node, []):
-                self._sample_zero_leaf(builder, run, row, node)
+        for run in self._awaiting.pop(node, []):
+            self._sample_zero_leaf(builder, run, row, node)
 
     def _sample_zero_leaf(self, builder: StepBuilder, run: Running, row: int, node: int) -> None:
+        if self._scored[run.sequence]:
+            builder.samples.append(Sample(run.sequence, UNREAD, node))
+            return
         builder.samples.append(Sample(run.sequence, row, node))
         self._zero_leaves[node] -= 1
 
@@ -299,7 +315,7 @@ class Scheduler:
             leaf_start=int(self.plan.node_start[leaf]),
             prompt_length=prompt_length,
             params=params,
-            limit=min(params.max_tokens, room),
+            limit=max(1, min(params.max_tokens, room)),  # a scored prompt may fill the model's whole length
         )
 
     def _place(self, builder: StepBuilder, run: Running, lead: int, alone: bool) -> bool:
@@ -364,14 +380,14 @@ class Scheduler:
         if row is not None:
             self._sample_zero_leaf(builder, run, row, parent)
         elif self.nodes.computed[parent] == self.nodes.prompt_length(parent):
-            self._sample_zero_leaf(builder, run, -1, parent)
+            self._sample_zero_leaf(builder, run, KEPT, parent)
         else:
             self._awaiting.setdefault(parent, []).append(run)
 
 
-def _count_zero_leaves(plan: Plan) -> dict[int, int]:
-    """For each node, how many sequences below end exactly where it ends and have not sampled yet."""
-    leaves = plan.sequence_node
+def _count_zero_leaves(plan: Plan, sampled: np.ndarray) -> dict[int, int]:
+    """For each node, how many of the `sampled` sequences below end exactly where it ends."""
+    leaves = plan.sequence_node[sampled]
     empty = leaves[plan.node_start[leaves] == plan.node_end[leaves]]
     parents, counts = np.unique(plan.node_parent[empty], return_counts=True)
     return dict(zip(parents.tolist(), counts.tolist()))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+KEPT = -1  # as a sample's logit row
+UNREAD = -2  # the sequence is scored: it ends here, and no token is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +54,50 @@ class StepBatch:
     copy_to: NDArray[np.int64]  # [C]
     chunks: list[Chunk]
     shared_reads: list[SharedRead]
-    logit_rows: NDArray[np.int64]  # [L] flat indices whose logits are read
+    logit_rows: NDArray[np.int64]  # [L] flat indices whose logits are read, ascending
     samples: list[Sample]
     keep_logits: list[tuple[int, int]]  # (node, logit row): sequences that start later may sample from these
     prompt_tokens: int  # of the T tokens, how many are prompt tokens
     decode_tokens: int  # and how many decoded ones that are fed for the first time
+    scores: StepScores | None = None  # log-probabilities to read; None: no row of `logit_rows` is for these
 
-    def last_tokens(self) -> tuple[list[Chunk], list[SharedRead]] | None:
-        """Chunks and shared reads for the tokens in `logit_rows` alone, numbered 0..L-1, if each ends a chunk."""
-        row_of = {int(row): number for number, row in enumerate(self.logit_rows)}
-        kept: dict[int, Chunk] = {}
-        for chunk in self.chunks:
-            number = row_of.get(chunk.first + chunk.count - 1)
-            if number is not None:
-                position = chunk.position + chunk.count - 1
-                kept[chunk.first] = Chunk(number, 1, position, chunk.node_start, chunk.extent)
-        if len(kept) != len(row_of):
+    def logit_tokens(self) -> tuple[list[Chunk], list[SharedRead]] | None:
+        """Chunks and shared reads for the tokens in `logit_rows` alone, numbered 0..L-1; None if these are all.
+
+        Tokens that follow each other in a chunk stay a chunk.
+        """
+        if len(self.logit_rows) == len(self.tokens):
             return None
+        kept: dict[int, list[Chunk]] = {}
+        bounds = np.array([(chunk.first, chunk.first + chunk.count) for chunk in self.chunks]).reshape(-1, 2)
+        ends = np.searchsorted(self.logit_rows, bounds)
+        for chunk, (begin, end) in zip(self.chunks, ends.tolist()):
+            if begin < end:
+                kept[chunk.first] = list(_stretches(chunk, self.logit_rows[begin:end], begin))
         reads = [
             SharedRead(read.extent, read.start, read.length, readers)
             for read in self.shared_reads
-            if (readers := [kept[chunk.first] for chunk in read.chunks if chunk.first in kept])
+            if (readers := [part for chunk in read.chunks for part in kept.get(chunk.first, ())])
         ]
-        return list(kept.values()), reads
+        return [part for parts in kept.values() for part in parts], reads
+
+
+def _stretches(chunk: Chunk, rows: NDArray[np.int64], number: int) -> Iterator[Chunk]:
+    """The part of a chunk in `rows` (ascending), which are numbered from `number` on."""
+    breaks = np.flatnonzero(np.diff(rows) > 1) + 1 if len(rows) > 1 else ()
+    for begin, end in pairwise((0, *breaks, len(rows))):
+        position = chunk.position + int(rows[begin]) - chunk.first
+        yield Chunk(number + int(begin), int(end - begin), position, chunk.node_start, chunk.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class StepScores:
+    """Log-probabilities that a step reads: score `score[i]` is that of token `target[i]` in logits `row[i]`."""
+
+    row: NDArray[np.int64]  # [K] rows of the step's logits, ascending
+    target: NDArray[np.int64]  # [K] token ids
+    score: NDArray[np.int64]  # [K] numbers of planner.score_reads
+    sampled: NDArray[np.int64]  # [S] rows of the step's logits that samples count (see Sample.logit_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +105,7 @@ class Sample:
     """One token to draw: for which sequence, from which logits."""
 
     sequence: int
-    logit_row: int  # row of the step's logits, or -1: logits kept from an earlier step for `node`
+    logit_row: (
+        int  # row of the logits sampled from; KEPT: those kept from an earlier step for `node`; or UNREAD
+    )
     node: int

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.executor.kv_memory import KvExtent
-from batchllm.executor.step import Chunk, Sample, SharedRead, StepBatch
+from batchllm.executor.step import Chunk, Sample, SharedRead, StepBatch, StepScores
+from batchllm.planner.score_reads import NodeReads
 
 Ancestor = tuple[int, KvExtent, int, int]  # node, extent, absolute start, length
 
@@ -26,6 +27,7 @@ class StepBuilder:
         self._logit_rows: list[int] = []
         self._logit_row_of_node: dict[int, int] = {}
         self._copies: list[tuple[KvExtent, KvExtent, int]] = []
+        self._scores: list[NodeReads] = []  # of the chunks, `position` counted in the flat batch
 
     def add_chunk(
         self,
@@ -57,6 +59,12 @@ class StepBuilder:
         """Marks every token's logits as read."""
         self._logit_rows = list(range(self.size))
 
+    def read_scores(self, reads: NodeReads) -> None:
+        """Marks log-probabilities as read that the newest chunk gives; `reads.position` is absolute."""
+        if len(reads.position):
+            chunk = self._chunks[-1]
+            self._scores.append(reads._replace(position=reads.position - chunk.position + chunk.first))
+
     def logits_of(self, node: int) -> int | None:
         """Row of the logits at the end of `node`, if this step computes them."""
         return self._logit_row_of_node.get(node)
@@ -65,6 +73,10 @@ class StepBuilder:
         positions = [np.arange(chunk.position, chunk.position + chunk.count) for chunk in self._chunks]
         slots = [chunk.extent.slots(chunk.held_before, chunk.count) for chunk in self._chunks]
         copy_from, copy_to = self._resolve_copies()
+        logit_rows = np.array(self._logit_rows, dtype=np.int64)
+        scores = None
+        if self._scores:
+            logit_rows, scores = self._join_scores(logit_rows)
         return StepBatch(
             tokens=_joined(self._tokens),
             positions=_joined(positions),
@@ -73,11 +85,23 @@ class StepBuilder:
             copy_to=copy_to,
             chunks=self._chunks,
             shared_reads=list(self._reads.values()),
-            logit_rows=np.array(self._logit_rows, dtype=np.int64),
+            logit_rows=logit_rows,
             samples=self.samples,
             keep_logits=self.keep_logits,
             prompt_tokens=self.prompt_tokens,
             decode_tokens=self.decode_tokens,
+            scores=scores,
+        )
+
+    def _join_scores(self, sampled: NDArray[np.int64]) -> tuple[NDArray[np.int64], StepScores]:
+        """All rows whose logits are read, and where among them are those of scores and those sampled from."""
+        flat = _joined([reads.position for reads in self._scores])
+        rows = np.union1d(sampled, flat)
+        return rows, StepScores(
+            row=np.searchsorted(rows, flat),
+            target=_joined([reads.target for reads in self._scores]),
+            score=_joined([reads.score for reads in self._scores]),
+            sampled=np.searchsorted(rows, sampled),
         )
 
     def _resolve_copies(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,0 +1,88 @@
+"""One table of prompts that is in memory, planned and run once: answers, and scores of the rows that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.answers import answers_of, error_of, faults_of
+from batchllm.core import PromptTable, RequestResult, RequestTable, ScoreTable
+from batchllm.executor.budget import engine_options, kv_token_budget, too_long
+from batchllm.executor.engine import Engine
+from batchllm.executor.model import ModelRunner
+from batchllm.executor.scores import ScoreStore
+from batchllm.executor.stopping import StopRules, end_of_sequence_ids
+from batchllm.executor.trace import StepTrace
+from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.planner.score_reads import ScoreReads, plan_score_reads
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Memory, step size and what is worth sharing. Answers do not depend on these."""
+
+    kv_memory: int | str = "auto"
+    max_step_tokens: int | str = "auto"
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+class TableRun:
+    """`results` answers every request once; `score` is for rows whose request has been answered without an error."""
+
+    def __init__(
+        self,
+        model: ModelRunner,
+        tokenizer: Any | None,
+        prompts: PromptTable,
+        requests: RequestTable,
+        options: RunOptions,
+        scored: ScoreTable | None = None,
+        trace: StepTrace | None = None,
+    ):
+        self._model, self._tokenizer = model, tokenizer
+        self._prompts, self._requests, self._scored = prompts, requests, scored
+        self._options, self._trace = options, trace
+        self._reads: ScoreReads | None = None
+        self._store = ScoreStore.empty(0)
+        self.computed_tokens = 0  # prompt tokens that went through the model
+        self.prompt_tokens = 0  # of all requests, as if nothing were shared
+
+    def results(self) -> Iterator[RequestResult]:
+        prompts, requests = self._prompts, self._requests
+        pending = np.ones(len(requests), dtype=bool)
+        yield from faults_of(pending, prompts, requests)
+        kv_tokens = kv_token_budget(self._model, self._options.kv_memory, self._options.max_step_tokens)
+        hopeless, reason = too_long(prompts, requests, pending, kv_tokens)
+        yield from (error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless))
+        plan = build_plan(prompts, requests, pending & ~hopeless, self._options.plan)
+        if not plan.num_sequences:
+            return
+        if self._scored is not None:
+            self._reads = plan_score_reads(plan, prompts, requests, self._scored)
+        on_gpu = self._model.placement.gpu is not None
+        end_ids = end_of_sequence_ids(self._model.model.generation_config, self._tokenizer)
+        engine = Engine(
+            self._model,
+            plan,
+            prompts,
+            requests,
+            StopRules(end_ids, self._tokenizer),
+            engine_options(plan, prompts, kv_tokens, self._options.max_step_tokens, gpu=on_gpu),
+            trace=self._trace,
+            score_reads=self._reads,
+        )
+        self._store = engine.scores
+        self.prompt_tokens = plan.stats.prompt_tokens
+        for finished in engine.run():
+            self.computed_tokens = engine.stats.prompt_tokens_computed
+            yield from answers_of(finished, plan, prompts, requests)
+
+    def score(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """(log-probability, whether no token is more probable) of each scored token of a row, in order."""
+        assert self._reads is not None, "no row is scored"
+        numbers = self._reads.of_row(row)
+        return self._store.logprob[numbers], self._store.greedy[numbers]
