@@ -1,7 +1,7 @@
 """The `batchllm` command. Thin: it reads arguments, calls the pipeline and turns what happens into an exit code.
 
 0 every row answered    3 finished, some rows failed    2 job file or arguments wrong, nothing written
-130 interrupted, everything finished so far is kept     1 a fault of ours
+4 an evaluation is worse than the night before    130 interrupted, what is finished is kept    1 a fault of ours
 """
 
 from __future__ import annotations
@@ -112,6 +112,36 @@ def plan(
     report = explain_job(spec, hardware, workers, quiet=quiet)
     click.echo(plan_json(report) if as_json else plan_text(report))
     return EXIT_OK
+
+
+@cli.command("eval")
+@click.argument("job", type=click.Path())
+@_set_option
+@click.option("--previous", metavar="FOLDER", help="Compare with this night; none: with no other.")
+@click.option("--overwrite", is_flag=True, help="Replace the evaluation in the output folder.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def evaluate(job: str, overrides: Sequence[str], previous: str | None, overwrite: bool, quiet: bool) -> int:
+    """Run the tasks of JOB through lm-evaluation-harness and compare with the previous night.
+
+    Exit code 4: a score is worse by more than compare.max_drop.
+    """
+    from importlib.util import find_spec
+
+    from batchllm.errors import JobError
+
+    if find_spec("lm_eval") is None:
+        raise JobError("batchllm eval needs lm-evaluation-harness: pip install 'batchllm-engine[eval]'")
+    from batchllm.evals.eval_job import load_eval_job
+
+    chosen = [] if previous is None else [f"compare.previous={previous}"]
+    spec = load_eval_job(job, [*overrides, *chosen])
+
+    from batchllm.evals.nightly import run_eval
+
+    summary = run_eval(spec, overwrite=overwrite, quiet=quiet)
+    if not quiet:
+        click.echo(summary.text)
+    return summary.exit_code
 
 
 cli.add_command(chunks)

@@ -140,6 +140,7 @@ class LLM:
             quantize_model(self._model, quantize)
         memory = parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
         self._run_options = RunOptions(memory, max_step_tokens, PlanOptions(min_shared_tokens))
+        self.last_run: TableRun | None = None  # of score_and_generate: what it shared
         self.trace: StepTrace | None = None  # set it, and the steps of the calls that follow are recorded
 
     def get_tokenizer(self) -> Any:
