@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 TokenArray = NDArray[np.int32]
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "scored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +171,5 @@ class RequestResult:
     prompt_tokens: int
     shared_tokens: int
     logprobs: tuple[float, ...] | None = None
+    logprob: float | None = None  # of all scored tokens together, where the request is to score
+    is_greedy: bool | None = None  # whether greedy decoding gives just these

@@ -19,6 +19,7 @@ from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.reorder_gain import possible_reordering
 from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.errors import JobError
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_config import load_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
@@ -47,6 +48,10 @@ def explain_job(
 
     `hardware`: names of ready profiles to forecast for beside this machine.
     """
+    if job.score is not None:
+        raise JobError(
+            f"{job.source}: batchllm plan knows no score jobs; run it with --limit to see what it shares"
+        )
     progress, watch = Progress(quiet=quiet), Stopwatch()
     with watch.time("open"):
         check_model_folder(job.model.path, job.model.trust_remote_code, need_weights=False)

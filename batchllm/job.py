@@ -5,6 +5,7 @@
     prompt:   {text} | {messages} | {column}, with template_args for the chat template,
               and reorder: what of it may stand in any order
     generate: {max_tokens, temperature, ...}          each a value or {column: NAME}
+    score:    {continuation, choices, rolling, token_logprobs}     in place of generate
     output:   {path, keep, part_rows, flush_seconds}
     engine:   {device, kv_memory, max_step_tokens, order, workers, min_shared_tokens}
     plan:     {history, sample_rows}
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, PrivateAttr, ValidationError
 
@@ -36,6 +37,7 @@ from batchllm.job_sections import (
     OutputSpec,
     PlanSpec,
     PromptSpec,
+    ScoreSpec,
     Section,
     valid_params,
 )
@@ -68,6 +70,7 @@ class JobSpec(Section):
     input: InputSpec
     prompt: PromptSpec
     generate: GenerateSpec = GenerateSpec()
+    score: ScoreSpec | None = None
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
     plan: PlanSpec = PlanSpec()
@@ -83,6 +86,7 @@ class JobSpec(Section):
         return {
             name: {key: value for key, value in section.items() if value is not None}
             for name, section in sections.items()
+            if section is not None and not (name == "generate" and self.score is not None)
         }
 
 
@@ -132,9 +136,8 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, object]) -> list[Ov
 def _make(mapping: Mapping[Any, Any], base_dir: Path, source: str, overrides: Sequence[Override]) -> JobSpec:
     where = _error_source(source, overrides)
     values = apply_overrides(mapping, overrides)
-    for section in ("score", "chunks"):
-        if values.pop(section, None) is not None:
-            raise JobError(f"{where(section)}: this version of BatchLLM has no {section}; remove the section")
+    if values.pop("chunks", None) is not None:
+        raise JobError(f"{where('chunks')}: this version of BatchLLM has no chunks; remove the section")
     try:
         spec = JobSpec.model_validate(values)
     except ValidationError as failure:
@@ -195,6 +198,8 @@ def _siblings(location: tuple[int | str, ...]) -> list[str]:
 
 def _section_class(name: str) -> type[BaseModel]:
     section = JobSpec.model_fields[name].annotation
+    if not isinstance(section, type):  # one that may be absent
+        section = next(kind for kind in get_args(section) if kind is not type(None))
     assert isinstance(section, type)
     assert issubclass(section, BaseModel)
     return section

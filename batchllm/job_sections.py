@@ -134,6 +134,32 @@ class GenerateSpec(Section):
         return SamplingParams(**valid_params(values))
 
 
+class ScoreSpec(Section):
+    """What of each row is scored instead of answered."""
+
+    continuation: Text | None = (
+        None  # a template: the text that follows the prompt; {{ choice }} if not given
+    )
+    choices: Text | None = None  # a list column: each of its texts is scored, as `choice` in the template
+    rolling: Flag = (
+        False  # the prompt itself is scored, from its first token on, in windows of the model's length
+    )
+    token_logprobs: Flag = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ScoreSpec:
+        given = self.continuation is not None or self.choices is not None
+        if self.rolling == given:
+            found = "both" if given else "neither"
+            raise ValueError(f"must have rolling: true, or continuation or choices, found {found}")
+        return self
+
+    @property
+    def template(self) -> str:
+        """Of the continuation."""
+        return self.continuation or "{{ choice }}"
+
+
 class InvalidParam(ValueError):
     """One sampling parameter is out of range: `parameter` names it, `reason` ends the sentence "it ..."."""
 

@@ -58,6 +58,11 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     config, limit, placement = _check_model(job)
     if placement.note:
         progress.note(placement.note)
+    if job.score is not None:
+        from batchllm.score_job import run_score_job
+
+        figures = run_score_job(job, config, limit, placement, overwrite=overwrite, quiet=quiet)
+        return _summary_of(job.output.path, *figures)
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     data = open_input(job.input, job.source)
     validate_columns(job, data.schema)
@@ -161,5 +166,9 @@ def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSum
         },
     )
     write_metrics(path / "_run" / "metrics.json", metrics)
-    code = 130 if interrupted else 3 if store.num_errors else 0
+    return _summary_of(path, metrics, interrupted)
+
+
+def _summary_of(path: Path, metrics: RunMetrics, interrupted: bool) -> RunSummary:
+    code = 130 if interrupted else 3 if metrics.rows_error else 0
     return RunSummary(path, code, metrics, summary_text(metrics, path))

@@ -128,7 +128,7 @@ def mixed_table(
         if isinstance(item, str):
             faults[row] = item
         elif isinstance(item, TokenSpan):
-            fault = _span_fault(item, max_length, vocabulary)
+            fault = span_fault(item, max_length, vocabulary)
             if fault is not None:
                 faults[row] = fault
             else:
@@ -152,7 +152,8 @@ def mixed_table(
     return table, ScoreTable(np.array(first, dtype=np.int64), np.array(last, dtype=np.int32))
 
 
-def _span_fault(span: TokenSpan, max_length: int | None, vocabulary: int) -> str | None:
+def span_fault(span: TokenSpan, max_length: int | None, vocabulary: int) -> str | None:
+    """Why the model cannot score a span."""
     if not 1 <= span.first < len(span.tokens):
         return "there is nothing to score, or nothing before it"
     if max_length and len(span.tokens) - 1 > max_length:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.answers import answers_of, error_of, faults_of
-from batchllm.core import PromptTable, RequestResult, RequestTable, ScoreTable
+from batchllm.core import PlanStats, PromptTable, RequestResult, RequestTable, ScoreTable
 from batchllm.executor.budget import engine_options, kv_token_budget, too_long
-from batchllm.executor.engine import Engine
+from batchllm.executor.engine import Engine, EngineStats
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.scores import ScoreStore
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
@@ -48,8 +48,19 @@ class TableRun:
         self._options, self._trace = options, trace
         self._reads: ScoreReads | None = None
         self._store = ScoreStore.empty(0)
-        self.computed_tokens = 0  # prompt tokens that went through the model
-        self.prompt_tokens = 0  # of all requests, as if nothing were shared
+        self.stats = EngineStats()
+        self.plan_stats: PlanStats | None = None
+        self.kv_budget_bytes = self.kv_peak_bytes = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that went through the model."""
+        return self.stats.prompt_tokens_computed
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all requests, as if nothing were shared."""
+        return self.plan_stats.prompt_tokens if self.plan_stats else 0
 
     def results(self) -> Iterator[RequestResult]:
         prompts, requests = self._prompts, self._requests
@@ -76,9 +87,11 @@ class TableRun:
             score_reads=self._reads,
         )
         self._store = engine.scores
-        self.prompt_tokens = plan.stats.prompt_tokens
+        self.stats, self.plan_stats = engine.stats, plan.stats
+        token_bytes = self._model.backend.bytes_per_token(self._model.layers, self._model.dtype)
+        self.kv_budget_bytes = kv_tokens * token_bytes
         for finished in engine.run():
-            self.computed_tokens = engine.stats.prompt_tokens_computed
+            self.kv_peak_bytes = engine.stats.kv_tokens_peak * token_bytes
             yield from answers_of(finished, plan, prompts, requests)
 
     def score(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -124,7 +124,7 @@ def test_job_cannot_be_changed(tmp_path: Path) -> None:
             "workers, min_shared_tokens",
         ),
         ({**SMALLEST, 3: 1}, "3 is not a known key; the keys of a job file are model, input, prompt, "
-         "generate, output, engine, plan"),
+         "generate, score, output, engine, plan"),
         (job_with(output=None), "output is missing"),
         (job_with(input={"path": None}), "input.path is missing"),
         (job_with(generate=[1]), "generate must be a mapping, found a list"),
@@ -188,7 +188,7 @@ def test_job_cannot_be_changed(tmp_path: Path) -> None:
         ),
         (
             job_with(score={"continuations": ["a"]}),
-            "this version of BatchLLM has no score; remove the section",
+            "score.continuations is not a known key; did you mean score.continuation?",
         ),
         (job_with(chunks={"column": "c"}), "this version of BatchLLM has no chunks; remove the section"),
         (job_with(model={"path": "./missing"}), "model.path names no folder: `/jobs/missing` does not exist"),
@@ -315,7 +315,8 @@ def test_overrides_as_a_mapping_of_plain_values(tmp_path: Path) -> None:
         ("engine.workers=4", "--set engine.workers: engine.workers must be 1, because this version runs one worker, "
          "found the number 4"),
         ("generate={n: 0}", "--set generate: generate.n must be at least 1, found the number 0"),
-        ("score.x=1", "--set score.x: this version of BatchLLM has no score; remove the section"),
+        ("score.x=1", "--set score.x: score.x is not a known key; the keys of score are continuation, choices, "
+         "rolling, token_logprobs"),
         ("model.path=./no", "--set model.path: model.path names no folder: "),
         ("limit", "--set limit: write it as KEY=VALUE, for example engine.kv_memory=1GiB"),
         ("a..b=1", "--set a..b=1: write it as KEY=VALUE, for example engine.kv_memory=1GiB"),

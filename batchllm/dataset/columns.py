@@ -20,12 +20,15 @@ _ANSWER_FIELDS = (
     pa.field("shared_tokens", pa.int32()),
 )
 _LOGPROBS = pa.field("logprobs", pa.list_(pa.float32()))
+_SCORES = (pa.field("logprob", pa.float64()), pa.field("is_greedy", pa.bool_()))
 _SAMPLE = pa.field("sample", pa.int32())
 
 
-def check_kept_names(names: Iterable[str], has_samples: bool, has_logprobs: bool) -> None:
+def check_kept_names(
+    names: Iterable[str], has_samples: bool, has_logprobs: bool, has_scores: bool = False
+) -> None:
     """Refuses kept columns that would stand beside a column of ours with the same name."""
-    ours = {field.name for field in _added_fields(has_samples, has_logprobs)}
+    ours = {field.name for field in _added_fields(has_samples, has_logprobs, has_scores)}
     seen: set[str] = set()
     for name in names:
         if name in ours:
@@ -73,12 +76,12 @@ class RowReader:
 class Columns:
     """What the parts of one run look like, and where the values of the kept columns come from."""
 
-    def __init__(self, requests: RequestTable, kept: pa.Table, logprobs: bool) -> None:
+    def __init__(self, requests: RequestTable, kept: pa.Table, logprobs: bool, scores: bool = False) -> None:
         self.requests = requests
         self.has_samples = bool(len(requests) and requests.sample.max() > 0)
-        check_kept_names(kept.column_names, self.has_samples, logprobs)
+        check_kept_names(kept.column_names, self.has_samples, logprobs, scores)
         self._kept = RowReader(kept, _plain(kept.schema))
-        added = _added_fields(self.has_samples, logprobs)
+        added = _added_fields(self.has_samples, logprobs, scores)
         self.schema: pa.Schema = pa.schema([*self._kept.schema, *added])
         self.answers: pa.Schema = pa.schema([field for field in added if field.name != _SAMPLE.name])
 
@@ -102,6 +105,8 @@ class Columns:
             "prompt_tokens": [r.prompt_tokens for r in results],
             "shared_tokens": [r.shared_tokens for r in results],
             "logprobs": [r.logprobs for r in results],
+            "logprob": [r.logprob for r in results],
+            "is_greedy": [r.is_greedy for r in results],
         }
         arrays = [pa.array(values[field.name], field.type) for field in self.answers]
         return pa.table(arrays, schema=self.answers)
@@ -114,8 +119,13 @@ class Columns:
         return table.select(self.answers.names).cast(self.answers)
 
 
-def _added_fields(has_samples: bool, has_logprobs: bool) -> list[pa.Field]:
-    return [*([_SAMPLE] if has_samples else []), *_ANSWER_FIELDS, *([_LOGPROBS] if has_logprobs else [])]
+def _added_fields(has_samples: bool, has_logprobs: bool, has_scores: bool = False) -> list[pa.Field]:
+    return [
+        *([_SAMPLE] if has_samples else []),
+        *_ANSWER_FIELDS,
+        *([_LOGPROBS] if has_logprobs else []),
+        *(_SCORES if has_scores else ()),
+    ]
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

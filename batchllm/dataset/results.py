@@ -86,6 +86,7 @@ class ResultStore:
         *,
         configuration: bytes = b"",
         logprobs: bool = False,
+        scores: bool = False,
         fault_rows: Collection[int] = (),
         part_rows: int = 50_000,
         flush_seconds: float = 30.0,
@@ -101,7 +102,7 @@ class ResultStore:
         """
         if not 1 <= part_rows <= MAX_PART_ROWS:
             raise JobError(f"output.part_rows: must be between 1 and {MAX_PART_ROWS:,}, not {part_rows:,}")
-        columns = Columns(requests, kept, logprobs)
+        columns = Columns(requests, kept, logprobs, scores)
         with contextlib.ExitStack() as held:
             if claim is None:
                 claim = held.enter_context(claim_output(path, identity, overwrite))

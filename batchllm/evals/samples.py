@@ -18,7 +18,8 @@ SCHEMA = {
     "target": pl.String,
     "output": pl.String,  # the text chosen or generated; None for a document whose probability is the score
     "answers": pl.String,  # JSON: what the model said to each request
-    "value": pl.Float64,  # of this document, larger or smaller is better as the metric is
+    "value": pl.Float64,  # of this document; of a perplexity, its log-likelihood by weight
+    "weight": pl.Float64,  # of this document in the score: words or bytes for a perplexity, else 1
 }
 PAIR = ["task", "metric", "filter", "doc_id"]  # what names a value
 
@@ -37,6 +38,7 @@ def sample_table(results: Mapping[str, Any]) -> pl.DataFrame:
 def _row(task: str, metric: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     arguments = sample["arguments"]
     answers = sample["filtered_resps"]
+    value, weight = _value(sample[metric])
     return {
         "task": task,
         "metric": metric,
@@ -47,7 +49,8 @@ def _row(task: str, metric: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         "target": str(sample["target"]),
         "output": _output(arguments, answers),
         "answers": json.dumps(answers, default=str, ensure_ascii=False),
-        "value": _value(sample[metric]),
+        "value": value,
+        "weight": weight,
     }
 
 
@@ -61,13 +64,13 @@ def _output(arguments: Sequence[Sequence[Any]], answers: Sequence[Any]) -> str |
     return None
 
 
-def _value(value: Any) -> float | None:
-    """A number; of a pair (log-likelihood, weight), as perplexities are made of, the log-likelihood by weight."""
+def _value(value: Any) -> tuple[float | None, float | None]:
+    """A number and its weight; of a pair (log-likelihood, weight), as perplexities are made of, the first by weight."""
     if isinstance(value, bool | int | float):
-        return float(value)
+        return float(value), 1.0
     if isinstance(value, Sequence) and len(value) == 2:
         try:
-            return float(value[0]) / float(value[1])
+            return float(value[0]) / float(value[1]), float(value[1])
         except (TypeError, ValueError, ZeroDivisionError):
-            return None
-    return None
+            return None, None
+    return None, None

@@ -102,15 +102,19 @@ class _Index:
                 if (folder / name).is_file():
                     return self._own, str(folder / name)
             raise UnknownTask(f"there is no task file {name}")
-        if self._all is None:
-            self._all = TaskManager(include_path=str(self._include) if self._include else None)
-        if name not in self._all.task_index:
-            match = nearest(name, self._all.all_tasks)
+        if name not in self.all_names():
+            match = nearest(name, self.all_names())
             hint = (
                 f"; did you mean {match}?" if match else "; give its YAML file, or its folder as eval.include"
             )
             raise UnknownTask(f"there is no task `{name}`{hint}")
+        assert self._all is not None
         return self._all, name
+
+    def all_names(self) -> list[str]:
+        if self._all is None:
+            self._all = TaskManager(include_path=str(self._include) if self._include else None)
+        return list(self._all.all_tasks)
 
 
 def _local_data(spec: TaskSpec) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""A job with a `score` section from end to end: read → plan → score → write. What `pipeline` is for generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from batchllm.answers import faults_of
+from batchllm.core import RequestResult, RequestTable
+from batchllm.dataset.keys import make_requests
+from batchllm.dataset.parts import parquet_files
+from batchllm.dataset.reader import open_input
+from batchllm.dataset.results import ResultStore, claim_output
+from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.errors import JobError
+from batchllm.execution import load_checked_model
+from batchllm.executor.gate import check_lengths
+from batchllm.executor.model_folder import fingerprint
+from batchllm.job import JobSpec
+from batchllm.report.metrics import RunMetrics, write_metrics
+from batchllm.report.progress import Progress
+from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
+from batchllm.score_rows import ScoreRows, check_score_job, load_score_rows, score_input
+from batchllm.scoring import Score, mixed_table
+
+if TYPE_CHECKING:
+    from batchllm.executor.model import ModelRunner
+    from batchllm.table_run import TableRun
+
+_LENGTH_UNKNOWN = 2048  # of a model that does not state how much it reads, as in lm-evaluation-harness
+
+
+def run_score_job(
+    job: JobSpec, config: Any, limit: Any, placement: Any, *, overwrite: bool, quiet: bool
+) -> tuple[RunMetrics, bool]:
+    """(figures, whether Ctrl-C ended it early). Raises UserError, with nothing written, when it cannot start."""
+    assert job.score is not None
+    check_score_job(job)
+    progress, watch = Progress(quiet=quiet), Stopwatch()
+    tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
+    prefix = _prefix_token(tokenizer, job)
+    data = score_input(job, open_input(job.input, job.source))
+    text_config = config.get_text_config()
+    max_length = getattr(text_config, "max_position_embeddings", None) or _LENGTH_UNKNOWN
+    identity = json.dumps({"input": job.input.path, "format": job.input.format, "score": True})
+    with claim_output(job.output.path, identity, overwrite) as claim:
+        with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows):
+            rows = load_score_rows(job, data, tokenizer, claim.work_dir, max_length, text_config.vocab_size)
+        check_lengths(limit, _longest(rows, max_length), config.model_type)
+        configuration = _configuration(job, prefix, max_length)
+        requests = make_requests(rows.prompts, rows.ids, configuration)
+        is_new = overwrite or not parquet_files(job.output.path)
+        is_needed = is_new and len(rows.prompts.faults) < rows.prompts.num_rows
+        loaded = load_checked_model(job, watch, placement) if is_needed else None
+        with ResultStore.open(
+            job.output.path,
+            identity,
+            requests,
+            rows.kept,
+            configuration=configuration,
+            logprobs=job.score.token_logprobs,
+            scores=True,
+            fault_rows=rows.prompts.faults.keys(),
+            part_rows=job.output.part_rows,
+            flush_seconds=job.output.flush_seconds,
+            resolved_job=job.resolved(),
+            overwrite=overwrite,
+            claim=claim,
+        ) as store:
+            store.add(faults_of(~store.done, rows.prompts, requests))
+            run, interrupted = None, False
+            try:
+                if not store.done.all():
+                    model = (loaded or load_checked_model(job, watch, placement)).model
+                    spans = _Spans(rows, requests, ~store.done, prefix, max_length)
+                    run = _table_run(model, tokenizer, spans, job)
+                    done = int(store.done.sum())
+                    with watch.time("run"), progress.stage("scoring", len(requests), done) as stage:
+                        for answer in spans.answers(run, job.score.token_logprobs, tokenizer):
+                            store.add([answer])
+                            stage.advance(1, answer.prompt_tokens)
+                with watch.time("write"):
+                    store.finish()
+            except KeyboardInterrupt:
+                store.flush()
+                interrupted = True
+            metrics = _metrics(store, watch, run)
+            write_metrics(job.output.path / "_run" / "metrics.json", metrics)
+            return metrics, interrupted
+
+
+class _Spans:
+    """Everything to be scored as one table: a row of it for each pair, and for each window of a document."""
+
+    def __init__(
+        self, rows: ScoreRows, requests: RequestTable, pending: np.ndarray, prefix: int, max_length: int
+    ):
+        self.requests = np.flatnonzero(pending)
+        self._of_request = [
+            rows.spans(int(requests.row[request]), prefix, max_length) for request in self.requests
+        ]
+        self.owner = np.repeat(np.arange(len(self.requests)), [len(spans) for spans in self._of_request])
+        self.items = [span for spans in self._of_request for span in spans]
+        self.max_length = max_length
+
+    def answers(self, run: TableRun, token_logprobs: bool, tokenizer: Any) -> Iterator[RequestResult]:
+        """The answer of each request, as soon as all its spans are scored."""
+        first = np.searchsorted(self.owner, np.arange(len(self.requests)))
+        missing = [len(spans) for spans in self._of_request]
+        errors: dict[int, str] = {}
+        shared = np.zeros(len(self.requests), dtype=np.int64)
+        for result in run.results():
+            owner = int(self.owner[result.request])
+            missing[owner] -= 1
+            shared[owner] += result.shared_tokens
+            if result.error is not None:
+                errors[owner] = result.error
+            if missing[owner]:
+                continue
+            spans = self._of_request[owner]
+            read = sum(span.first for span in spans)
+            request = int(self.requests[owner])
+            if owner in errors:
+                yield RequestResult(request, None, (), "error", errors[owner], read, 0)
+                continue
+            begin = int(first[owner])
+            score = Score.joined(
+                [
+                    Score(tuple(span.tokens[span.first :]), *run.score(begin + number))
+                    for number, span in enumerate(spans)
+                ]
+            )
+            yield RequestResult(
+                request,
+                tokenizer.decode(list(score.token_ids), skip_special_tokens=False),
+                score.token_ids,
+                "scored",
+                None,
+                read,
+                int(min(shared[owner], read)),
+                tuple(score.token_logprobs.tolist()) if token_logprobs else None,
+                score.logprob,
+                score.is_greedy,
+            )
+
+
+def _table_run(model: ModelRunner, tokenizer: Any, spans: _Spans, job: JobSpec) -> TableRun:
+    from batchllm.planner.plan import PlanOptions
+    from batchllm.table_run import RunOptions, TableRun
+
+    table, scored = mixed_table(spans.items, spans.max_length, model.vocab_size)
+    requests = make_requests(table, None, b"")
+    shared = job.engine.min_shared_tokens
+    plan = PlanOptions() if isinstance(shared, str) else PlanOptions(min_shared_tokens=shared)
+    options = RunOptions(job.engine.kv_memory, job.engine.max_step_tokens, plan)
+    return TableRun(model, tokenizer, table, requests, options, scored)
+
+
+def _prefix_token(tokenizer: Any, job: JobSpec) -> int:
+    found = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    assert job.score is not None
+    if found is None and job.score.rolling:
+        raise JobError(
+            f"{job.source}: score.rolling needs a BOS or EOS token before the text; the tokenizer has none"
+        )
+    return -1 if found is None else int(found)
+
+
+def _longest(rows: ScoreRows, max_length: int) -> int:
+    lengths = np.diff(rows.prompts.offsets)
+    lengths[list(rows.prompts.faults)] = 0
+    return int(min(lengths.max(initial=0), max_length))
+
+
+def _configuration(job: JobSpec, prefix: int, max_length: int) -> bytes:
+    """Everything outside the rows that decides a score."""
+    assert job.score is not None
+    windows = [prefix, max_length] if job.score.rolling else None
+    weights = fingerprint(job.model.path, job.model.quantize)
+    about = {"model": weights, "dtype": job.model.dtype, "score": windows, "tokens": job.score.token_logprobs}
+    return json.dumps(about).encode()
+
+
+def _metrics(store: ResultStore, watch: Stopwatch, run: TableRun | None) -> RunMetrics:
+    stats, plan = (None, None) if run is None else (run.stats, run.plan_stats)
+    return RunMetrics(
+        rows_ok=int(store.done.sum()) - store.num_errors,
+        rows_error=store.num_errors,
+        rows_resumed=store.num_resumed,
+        prompt_tokens=plan.prompt_tokens if plan else 0,
+        prompt_tokens_computed=stats.prompt_tokens_computed if stats else 0,
+        distinct_prompt_tokens=plan.distinct_tokens if plan else 0,
+        output_tokens=0,
+        steps=stats.steps if stats else 0,
+        wall_seconds=watch.wall_seconds,
+        seconds=watch.seconds(),
+        kv_budget_bytes=run.kv_budget_bytes if run else 0,
+        kv_peak_bytes=run.kv_peak_bytes if run else 0,
+        rss_peak_bytes=rss_peak_bytes(),
+        preemptions=stats.preemptions if stats else 0,
+    )

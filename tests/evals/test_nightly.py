@@ -1,0 +1,211 @@
+"""`batchllm eval`: what it writes, two equal nights, a planted regression, and everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+
+from tests.evals.eval_worlds import write_small_tasks
+from tests.jobs import exit_code_of
+
+TASKS = ["choices", "answers", "documents"]
+
+
+@pytest.fixture
+def job(model_folder: Path, tmp_path: Path) -> Path:
+    write_small_tasks(tmp_path / "tasks")
+    return write_job(tmp_path, model_folder, TASKS)
+
+
+def write_job(folder: Path, model_folder: Path, tasks: Sequence[Any], **sections: Any) -> Path:
+    job = {
+        "model": {"path": str(model_folder)},
+        "engine": {"device": "cpu", "kv_memory": "4MiB", "min_shared_tokens": 4},
+        "eval": {"tasks": list(tasks), "include": "tasks", "data": "tasks"},
+        "output": {"path": "nights/first"},
+        **sections,
+    }
+    path = folder / "eval.yaml"
+    path.write_text(yaml.safe_dump(job), encoding="utf-8")
+    return path
+
+
+def night(job: Path, name: str, *arguments: str) -> int:
+    return exit_code_of("eval", str(job), "--set", f"output.path=nights/{name}", "--quiet", *arguments)
+
+
+def read(job: Path, name: str, table: str) -> pl.DataFrame:
+    return pl.read_parquet(job.parent / "nights" / name / f"{table}.parquet")
+
+
+def test_scores_with_intervals_and_a_row_for_each_document(job: Path) -> None:
+    assert night(job, "first") == 0
+    scores, samples = read(job, "first", "scores"), read(job, "first", "samples")
+    assert scores["task"].unique().sort().to_list() == sorted(TASKS)
+    assert scores["documents"].to_list() == [12] * len(scores)
+    assert (scores["low"] <= scores["score"]).all()
+    assert (scores["score"] <= scores["high"]).all()
+    assert (scores["low"] < scores["high"]).all()
+    for score in scores.iter_rows(named=True):
+        mine = samples.filter(pl.col("task") == score["task"], pl.col("metric") == score["metric"])
+        assert mine["doc_id"].to_list() == list(range(12))
+        if score["task"] != "documents":
+            assert mine["value"].mean() == pytest.approx(score["score"])
+    assert samples.filter(pl.col("task") == "choices")["output"].is_in([" nowhere", " A"]).any() is not None
+    about = json.loads((job.parent / "nights" / "first" / "run.json").read_text())
+    assert about["engine_runs"] == 1
+    assert about["prompt_tokens_computed"] < about["prompt_tokens"]
+
+
+def test_two_equal_nights_report_no_change(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert night(job, "first") == 0
+    capsys.readouterr()
+    assert exit_code_of("eval", str(job), "--set", "output.path=nights/second") == 0
+    assert "no change since first" in capsys.readouterr().out
+    changes = read(job, "second", "changes")
+    assert len(changes) == len(read(job, "second", "scores"))
+    assert changes["drop"].to_list() == [0.0] * len(changes)
+    assert changes["paired"].to_list() == [12] * len(changes)
+    assert read(job, "second", "flips").is_empty()
+
+
+def test_a_planted_regression_is_found_and_named(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The night before had every answer of one task right."""
+    assert night(job, "first") == 0
+    folder = job.parent / "nights" / "first"
+    plant(folder, "answers", "exact_match")
+    capsys.readouterr()
+    assert exit_code_of("eval", str(job), "--set", "output.path=nights/second") == 4
+    said = capsys.readouterr().out
+    assert "REGRESSION since first: answers exact_match" in said
+    assert "REGRESSION since first: choices" not in said
+    assert "'what was right'" in said  # both outputs of a flip
+    changes = read(job, "second", "changes")
+    assert changes.filter("regression")["task"].to_list() == ["answers"]
+    flips = read(job, "second", "flips")
+    assert set(flips["task"]) == {"answers"}
+    assert len(flips) == changes.filter("regression")["worse"][0] >= 10
+    assert set(flips["output_before"]) == {"what was right"}
+
+
+def plant(folder: Path, task: str, metric: str) -> None:
+    mine = (pl.col("task") == task) & (pl.col("metric") == metric)
+    samples = pl.read_parquet(folder / "samples.parquet")
+    changed = mine & (pl.col("value") == 0.0)
+    samples.with_columns(
+        output=pl.when(changed).then(pl.lit("what was right")).otherwise("output"),
+        value=pl.when(changed).then(1.0).otherwise("value"),
+    ).write_parquet(folder / "samples.parquet")
+    scores = pl.read_parquet(folder / "scores.parquet")
+    scores.with_columns(score=pl.when(mine).then(1.0).otherwise("score")).write_parquet(
+        folder / "scores.parquet"
+    )
+
+
+def test_a_drop_within_what_is_allowed_is_no_regression(job: Path) -> None:
+    assert night(job, "first") == 0
+    plant(job.parent / "nights" / "first", "answers", "exact_match")
+    assert night(job, "second", "--set", "compare.max_drop=1.0") == 0
+    assert night(job, "third", "--previous", "none") == 0
+    assert night(job, "fourth", "--previous", "nights/first") == 4
+
+
+def test_a_document_that_is_not_the_same_is_not_compared(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert night(job, "first") == 0
+    rows = job.parent / "tasks" / "rows.jsonl"
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([lines[0].replace("Where is", "And where is"), *lines[1:]]))
+    capsys.readouterr()
+    exit_code_of("eval", str(job), "--set", "output.path=nights/second")
+    assert "choices acc: 1 documents are new or not the same as before" in capsys.readouterr().out
+    assert read(job, "second", "changes").filter(pl.col("task") == "choices")["paired"].to_list() == [11, 11]
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("chioces", "eval.tasks[1]: there is no task `chioces`; did you mean choices?"),
+        ("tasks/nothing.yaml", "eval.tasks[1]: there is no task file tasks/nothing.yaml"),
+        ("without_data", "eval.tasks[1]: task `without_data` cannot be loaded"),
+        ({"task": "choices", "data": {"test": "nothing.jsonl"}}, "there is no data file nothing.jsonl"),
+        ({"task": "choices", "data": {"test": "rows.xml"}}, "data files must all be JSON"),
+        ("bad_template", "task `bad_template` cannot be evaluated"),
+    ],
+)
+def test_a_task_that_cannot_run_is_named_and_the_others_go_on(
+    task: Any,
+    sentence: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("batchllm.evals.tasks._Index.all_names", lambda self: TASKS)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = write_small_tasks(tmp_path / "tasks")
+    (folder / "rows.xml").write_text("<rows/>")
+    choices = yaml.safe_load((folder / "choices.yaml").read_text())
+    without_data = {
+        **choices,
+        "task": "without_data",
+        "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}},
+    }
+    late = "{{ options if '0' in question else nothing.of.this }}"
+    bad_template = {**choices, "task": "bad_template", "doc_to_choice": late}
+    for wrong in (without_data, bad_template):
+        (folder / f"{wrong['task']}.yaml").write_text(yaml.safe_dump(wrong))
+    job = write_job(tmp_path, model_folder, ["answers", task])
+    assert exit_code_of("eval", str(job)) == 3
+    assert sentence in capsys.readouterr().out
+    scores = read(job, "first", "scores")
+    assert sentence in str(scores.filter(pl.col("score").is_null())["error"][0])
+    assert scores.filter(pl.col("task") == "answers")["documents"].to_list() == [12]
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"eval": {"tasks": []}}, "eval.tasks must not be empty"),
+        ({"eval": {"tasks": ["choices"], "limits": 3}}, "did you mean eval.limit?"),
+        ({"eval": {"tasks": ["choices"], "include": "nowhere"}}, "eval.include: there is no folder nowhere"),
+        ({"compare": {"max_drop": 2}}, "compare.max_drop must be at most 1"),
+        ({"compare": {"previous": "tasks"}}, "compare.previous: tasks holds no scores.parquet"),
+        ({"eval": {"tasks": ["tasks/nothing.yaml"]}}, "eval.tasks[0]: there is no task file"),
+        ({"model": {"path": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_a_job_that_cannot_start(
+    sections: dict[str, Any],
+    sentence: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_small_tasks(tmp_path / "tasks")
+    job = write_job(tmp_path, model_folder, TASKS, **sections)
+    assert exit_code_of("eval", str(job)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "nights").exists()
+
+
+def test_an_evaluation_is_not_overwritten_unasked(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert night(job, "first") == 0
+    assert night(job, "first") == 2
+    assert "holds an evaluation already" in capsys.readouterr().err
+    assert night(job, "first", "--overwrite") == 0
+    shutil.rmtree(job.parent / "nights" / "first")
+    (job.parent / "nights" / "first").mkdir()
+    (job.parent / "nights" / "first" / "letter.txt").write_text("dear")
+    assert night(job, "first") == 2
+    assert (job.parent / "nights" / "first" / "letter.txt").exists()
