@@ -32,17 +32,8 @@ from batchllm.job_values import parse_bytes
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
 from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
-from batchllm.scoring import (
-    MergedContinuation,
-    Score,
-    TokenSpan,
-    after_prefix,
-    encode_all,
-    mixed_table,
-    move_spaces,
-    split_pair,
-    windows,
-)
+from batchllm.scoring import Score, TokenSpan, encode_all, mixed_table, pair_spans, windows
+from batchllm.scoring import prefix_token as first_token
 from batchllm.table_run import RunOptions, TableRun
 
 # What vLLM's LLM takes and has no meaning here. Named so that a script need not change, and said once.
@@ -200,7 +191,7 @@ class LLM:
             raise ValueError(
                 f"{len(contexts)} contexts need as many lists of continuations, found {len(continuations)}"
             )
-        spans = self._pair_spans(contexts, continuations)
+        spans = pair_spans(self._tokenizer, contexts, continuations)
         flat = iter(self.score_and_generate([span for row in spans for span in row], use_tqdm)[0])
         return [[next(flat) for _ in row] for row in spans]
 
@@ -212,7 +203,7 @@ class LLM:
         The first token is scored after `prefix_token`; default: the tokenizer's first of BOS and EOS.
         """
         texts = encode_all(self._tokenizer, [text for text in documents if isinstance(text, str)], None)
-        prefix = self.prefix_token if prefix_token is None else prefix_token
+        prefix = first_token(self._tokenizer) if prefix_token is None else prefix_token
         rows = [texts[text] if isinstance(text, str) else list(text) for text in documents]
         spans = [windows(row, prefix, self.max_length) for row in rows]
         flat = iter(self.score_and_generate([span for row in spans for span in row], use_tqdm)[0])
@@ -257,30 +248,6 @@ class LLM:
     def max_length(self) -> int:
         """Most tokens that the model reads at once; 2048 where it does not say, as in lm-evaluation-harness."""
         return self._model.max_length or 2048
-
-    @property
-    def prefix_token(self) -> int:
-        """What stands before the first token of a document: BOS, or EOS where there is none."""
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(self._tokenizer, name, None)
-            if token is not None:
-                return int(token)
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token; give prefix_token")
-
-    def _pair_spans(
-        self, contexts: Sequence[Any], continuations: Sequence[Any]
-    ) -> list[list[TokenSpan | str]]:
-        pairs = [
-            [(context, option) if _is_ids(context) else move_spaces(context, option) for option in options]
-            for context, options in zip(contexts, continuations)
-        ]
-        named = [pair for row in pairs for pair in row if isinstance(pair[0], str)]
-        texts = [text for context, option in named if context for text in (context, context + option)]
-        encoded = encode_all(self._tokenizer, texts, None)
-        bare = encode_all(self._tokenizer, [option for context, option in named if not context], False)
-        prefix = self.prefix_token if bare else -1
-        first = {option: after_prefix(tokens, prefix) for option, tokens in bare.items()}
-        return [[_span(context, option, encoded, first) for context, option in row] for row in pairs]
 
     def _answer(self, many: list[Any], table: PromptTable, use_tqdm: bool) -> list[RequestOutput]:
         prompts = refuse_long_prompts(table, self._model.max_length)
@@ -333,26 +300,6 @@ def _completion(answer: RequestResult, index: int) -> CompletionOutput:
         logprobs=answer.logprobs,
         error=answer.error,
     )
-
-
-def _span(
-    context: Any, option: Any, encoded: Mapping[str, Sequence[int]], first: Mapping[str, TokenSpan]
-) -> TokenSpan | str:
-    """The tokens of a pair, or what is wrong with it. `first`: those of continuations of an empty context."""
-    if not len(option):
-        return "the continuation is empty; give it text of its own"
-    if _is_ids(context):
-        return TokenSpan([*context, *option], len(context))
-    if not context:
-        return first[option]
-    try:
-        return split_pair(encoded[context], encoded[context + option])
-    except MergedContinuation as error:
-        return str(error)
-
-
-def _is_ids(value: Any) -> bool:
-    return not isinstance(value, str)
 
 
 def _text_of(prompt: Any) -> str | None:

@@ -24,7 +24,7 @@ from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
 from batchllm.score_rows import ScoreRows, check_score_job, load_score_rows, score_input
-from batchllm.scoring import Score, mixed_table
+from batchllm.scoring import Score, mixed_table, prefix_token
 
 if TYPE_CHECKING:
     from batchllm.executor.model import ModelRunner
@@ -160,13 +160,16 @@ def _table_run(model: ModelRunner, tokenizer: Any, spans: _Spans, job: JobSpec) 
 
 
 def _prefix_token(tokenizer: Any, job: JobSpec) -> int:
-    found = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    """What stands before a document; of no meaning where none is scored."""
     assert job.score is not None
-    if found is None and job.score.rolling:
-        raise JobError(
-            f"{job.source}: score.rolling needs a BOS or EOS token before the text; the tokenizer has none"
-        )
-    return -1 if found is None else int(found)
+    try:
+        return prefix_token(tokenizer)
+    except ValueError as error:
+        if job.score.rolling:
+            raise JobError(
+                f"{job.source}: score.rolling: {error}, and a document is scored after one"
+            ) from None
+        return -1
 
 
 def _longest(rows: ScoreRows, max_length: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,52 @@ def move_spaces(context: str, continuation: str) -> tuple[str, str]:
     """Spaces at the end of a context belong to the continuation's first word, as lm-evaluation-harness has it."""
     bare = context.rstrip()
     return bare, context[len(bare) :] + continuation
+
+
+def pair_spans(
+    tokenizer: Any, contexts: Sequence[Any], continuations: Sequence[Any]
+) -> list[list[TokenSpan | str]]:
+    """The span of each continuation (texts, or lists of token ids) of each context, or what is wrong with it."""
+    pairs = [
+        [(context, option) if _is_ids(context) else move_spaces(context, option) for option in options]
+        for context, options in zip(contexts, continuations)
+    ]
+    named = [pair for row in pairs for pair in row if not _is_ids(pair[0])]
+    texts = [text for context, option in named if context for text in (context, context + option)]
+    encoded = encode_all(tokenizer, texts, None)
+    bare = encode_all(tokenizer, [option for context, option in named if not context], False)
+    prefix = prefix_token(tokenizer) if bare else -1
+    first = {option: after_prefix(tokens, prefix) for option, tokens in bare.items()}
+    return [[_span(context, option, encoded, first) for context, option in row] for row in pairs]
+
+
+def _span(
+    context: Any, option: Any, encoded: Mapping[str, Sequence[int]], first: Mapping[str, TokenSpan]
+) -> TokenSpan | str:
+    """`first`: the spans of continuations of an empty context."""
+    if not len(option):
+        return "the continuation is empty; give it text of its own"
+    if _is_ids(context):
+        return TokenSpan([*context, *option], len(context))
+    if not context:
+        return first[option]
+    try:
+        return split_pair(encoded[context], encoded[context + option])
+    except MergedContinuation as error:
+        return str(error)
+
+
+def _is_ids(value: Any) -> bool:
+    return not isinstance(value, str)
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What stands before the first token of a document: BOS, or EOS where there is none. Raises ValueError."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(tokenizer, name, None)
+        if token is not None:
+            return int(token)
+    raise ValueError("the tokenizer has neither a BOS nor an EOS token")
 
 
 def windows(tokens: Sequence[int], prefix: int, max_length: int) -> list[TokenSpan]:

@@ -134,3 +134,28 @@ def test_a_plot_counts_the_steps_that_are_half_empty_while_others_wait() -> None
     trace.records = [full, valley, last]
     assert trace.valleys == 1
     assert step_plot.summary(trace.records).startswith("3 steps, 1 at least half full, 1 valleys")
+
+
+def test_evals_scores_as_the_harness_does(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+    pytest.importorskip("accelerate", reason="the harness's hf model class needs accelerate")
+    from benchmarks import evals
+
+    rows = [
+        {"passage": "", "question": f"What is {n}?", "options": ["(A)one", "(B)two"], "label": "AB"[n % 2]}
+        for n in range(8)
+    ]
+    (tmp_path / "agieval").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "agieval" / "sums.jsonl").write_text(text)
+    model = Path(__file__).parents[1] / "examples" / "passages" / "model"
+    arguments = ["--tasks", "sums:letters,sums:texts", "--batch-sizes", "1,2", "--dtype", "float32"]
+    paths = ["--folder", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(evals.main, [*arguments, *paths], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["documents"] == 6
+    assert report["requests"] == 12
+    assert report["against_hf"]["largest_difference"] < 1e-4
+    assert report["against_hf"]["same_choice"] == 1.0
+    assert report["prompt_tokens_computed"] < report["prompt_tokens"]

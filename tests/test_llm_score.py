@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batchllm import LLM, SamplingParams
-from batchllm.scoring import TokenSpan
+from batchllm.scoring import TokenSpan, prefix_token
 from tests.tiny_tokenizer import byte_tokenizer
 
 CONTEXT = "The capital of France, as everybody knows, is"
@@ -80,7 +80,7 @@ def test_documents_longer_than_the_model_are_scored_in_windows(llm: LLM, model_f
     assert list(score.token_ids) == tokens
     length = llm.max_length
     expected = [
-        dense(model_folder, [llm.prefix_token, *tokens[:length]], 1),
+        dense(model_folder, [prefix_token(byte_tokenizer()), *tokens[:length]], 1),
         dense(model_folder, tokens[length - 1 : 2 * length], 1),
     ]
     last = len(tokens) - length - 1

@@ -80,4 +80,6 @@ class ChoiceRows:
 
 def _is_list(type_: pa.DataType) -> bool:
     is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_)
-    return is_list and (pa.types.is_string(type_.value_type) or pa.types.is_large_string(type_.value_type))
+    return bool(
+        is_list and (pa.types.is_string(type_.value_type) or pa.types.is_large_string(type_.value_type))
+    )

@@ -26,7 +26,7 @@ from lm_eval.models.utils import (
 
 from batchllm import core
 from batchllm.llm import LLM, CompletionOutput, SamplingParams
-from batchllm.scoring import Score, TokenSpan, encode_all, move_spaces, windows
+from batchllm.scoring import Score, TokenSpan, encode_all, move_spaces, prefix_token, windows
 
 RequestType = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
 REQUEST_TYPES: tuple[RequestType, ...] = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -88,7 +88,7 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        return self.llm.prefix_token if self._prefix_token_id is None else self._prefix_token_id
+        return prefix_token(self.tokenizer) if self._prefix_token_id is None else self._prefix_token_id
 
     @property
     def tokenizer_name(self) -> str:

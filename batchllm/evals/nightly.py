@@ -22,6 +22,7 @@ from batchllm.evals.score_table import error_table, score_table
 from batchllm.evals.tasks import load_tasks
 from batchllm.executor.model_folder import fingerprint
 from batchllm.llm import LLM
+from batchllm.planner.plan import PlanOptions
 from batchllm.versions import batchllm_version
 
 EXIT_OK, EXIT_FAULTS, EXIT_REGRESSION = 0, 3, 4
@@ -84,7 +85,7 @@ def _model(job: EvalJob, quiet: bool) -> BatchLM:
         trust_remote_code=job.model.trust_remote_code,
         kv_memory=job.engine.kv_memory,
         max_step_tokens=job.engine.max_step_tokens,
-        **({} if isinstance(shared, str) else {"min_shared_tokens": shared}),
+        min_shared_tokens=PlanOptions().min_shared_tokens if isinstance(shared, str) else shared,
     )
     return BatchLM(llm, quiet=quiet)
 
