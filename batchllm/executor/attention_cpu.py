@@ -1,12 +1,12 @@
-"""Shared-prefix attention of one step on a CPU.
+"""Shared-prefix attention of one step on a CPU: products of matrices around one softmax.
 
-Each token's keys are split by who stores them, and each stored stretch is read once:
-  - its own stretch: decode tokens whose stretches lie side by side are one batched call over a strided view of the
-    pool; short prompt chunks are one padded call over a gathered copy; a long prompt chunk is a causal call, plus
-    one for what its node held before;
-  - every shared node above it: one call for all tokens below the node, with the query heads of a KV head packed
-    into the row dimension.
-Parts are merged by log-sum-exp in float32. Few, large calls matter: each one is a parallel region.
+For each band of rows (see attention_plan) the scores of all its reads are written side by side into one buffer, one
+softmax runs over it, and each read adds its share of the values:
+  - a node above: one product for all rows below it, with the query heads of a KV head packed into the row dimension;
+  - decode tokens' own stretches that lie side by side: one batched product for each KV head over a strided view;
+  - prompt chunks over themselves, in tiles.
+Nothing is merged afterwards. Scores are in the model's dtype, as in transformers' eager attention; softmax and the
+sums inside products are in float32. On CPUs with bfloat16 products this is about twice as fast as torch's flash kernel.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchllm.executor.attention_math import attend_block, merge_into
-from batchllm.executor.attention_plan import BlockLevel, BlockRead, PaddedGroup, Run, StepReads, plan_reads
+from batchllm.executor.attention_math import add_product, products, scores
+from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, Run, StepReads, plan_reads
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.step import StepBatch
 
@@ -31,7 +31,10 @@ class CpuStepAttention:
         self._all = (batch.chunks, batch.shared_reads)
         self._last = batch.logit_tokens()
         self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
-        self._reads: dict[tuple[int | None, bool], StepReads] = {}  # by sliding window and last_only
+        self._reads: dict[
+            tuple[int | None, bool, int], StepReads
+        ] = {}  # by window, last_only and query heads
+        self._scratch = torch.empty(0)
 
     def attend(
         self,
@@ -47,151 +50,152 @@ class CpuStepAttention:
         last_only: bool = False,
     ) -> Tensor:
         """See StepAttention.attend."""
-        dim, value_dim = self._pool.layers[layer].row_dim, value.shape[-1]
         self._store(layer, key, value)
-        reads = self._planned(window, last_only, query.dtype)
-        job = _LayerJob(_padded(query, dim), self._pool.keys[layer], self._pool.values[layer], scale, softcap)
-        for run in reads.runs:
-            job.own_run(run)
-        for group in reads.padded:
-            job.own_padded(group)
-        for chunk in reads.causal:
-            job.own_causal(chunk)
-        for level in reads.levels:
-            job.merge_level(level)
-        if sinks is not None:
-            # A sink is one more key with no value: it only takes its share of the softmax.
-            job.output *= torch.sigmoid(job.lse - sinks.float()).unsqueeze(-1)
-        return job.output[..., :value_dim].to(query.dtype)
+        reads = self._planned(window, last_only, query)
+        heads, kv_heads, value_dim = len(query), len(key), value.shape[-1]
+        if reads.order is not None:
+            query = query.index_select(1, reads.order)
+        packed = torch.empty(kv_heads, query.shape[1], heads // kv_heads, query.shape[2], dtype=query.dtype)
+        by_kv_head = query.unflatten(0, (kv_heads, -1))  # type: ignore[no-untyped-call]
+        torch.mul(by_kv_head.transpose(1, 2), scale, out=packed)
+        output = torch.empty(*packed.shape[:3], value_dim, dtype=query.dtype)
+        job = _LayerJob(
+            packed,
+            self._pool.keys[layer][..., : key.shape[-1]],
+            self._pool.values[layer][..., :value_dim],
+            output,
+            softcap,
+            None if sinks is None else sinks.view(kv_heads, 1, -1).to(query.dtype),
+        )
+        for band in reads.bands:
+            job.attend(band, self._buffer(band, heads, query.dtype))
+        return self._unpacked(output, reads)
 
-    def _planned(self, window: int | None, last_only: bool, dtype: torch.dtype) -> StepReads:
-        if (window, last_only) not in self._reads:
+    def _planned(self, window: int | None, last_only: bool, query: Tensor) -> StepReads:
+        key = (window, last_only, len(query))
+        if key not in self._reads:
             work = self._last if last_only else self._all
-            assert work is not None, "logits are read of every token"
-            self._reads[window, last_only] = plan_reads(*work, window, dtype)
-        return self._reads[window, last_only]
+            assert work is not None, "logits are read of tokens that do not end a chunk"
+            self._reads[key] = plan_reads(*work, window, query.dtype, len(query))
+        return self._reads[key]
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
-        dim = self._pool.layers[layer].row_dim
         for buffer, new in ((self._pool.keys[layer], key), (self._pool.values[layer], value)):
-            buffer.index_copy_(0, self._slots, _padded(new, dim).transpose(0, 1))
+            if new.shape[-1] < buffer.shape[-1]:
+                new = torch.nn.functional.pad(new, (0, buffer.shape[-1] - new.shape[-1]))
+            buffer.index_copy_(0, self._slots, new.transpose(0, 1))
             if len(self._copy_to):
                 buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
 
+    def _buffer(self, band: Band, heads: int, dtype: torch.dtype) -> Tensor:
+        """A flat buffer for a band's scores, kept from band to band: fresh memory is slow."""
+        size = heads * (band.last - band.first) * (band.width + 1)
+        if self._scratch.numel() < size or self._scratch.dtype != dtype:
+            self._scratch = torch.empty(size, dtype=dtype)
+        return self._scratch
+
+    @staticmethod
+    def _unpacked(output: Tensor, reads: StepReads) -> Tensor:
+        """[Hkv, T, G, Dv] in tree order → [T, Hq, Dv] in the order of the step."""
+        kv_heads, rows, group, dim = output.shape
+        by_row = output.transpose(0, 1).reshape(rows, kv_heads * group, dim)
+        if reads.order is None:
+            return by_row
+        return torch.empty_like(by_row).index_copy_(0, reads.order, by_row)
+
 
 class _LayerJob:
-    """One layer of one step: fills `output` [T, Hq, D] and `lse` [T, Hq], both float32.
+    """One layer of one step. Rows are in tree order: query [Hkv, T, G, D], scaled; output [Hkv, T, G, Dv]."""
 
-    Every token has exactly one own read, which writes its row; block reads are merged in afterwards.
-    """
+    def __init__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        output: Tensor,
+        softcap: float | None,
+        sinks: Tensor | None,  # [Hkv, 1, G]
+    ):
+        self.query, self.keys, self.values, self.output = query, keys, values, output
+        self.softcap, self.sinks = softcap, sinks
+        self.kv_heads, _, self.group, self.dim = query.shape
 
-    def __init__(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None):
-        self.query, self.keys, self.values = query, keys, values
-        self.scale, self.softcap = scale, softcap
-        heads, tokens, dim = query.shape
-        self.heads, self.dim = heads, dim
-        self.kv_heads, self.group = keys.shape[1], heads // keys.shape[1]
-        self.output = torch.empty(tokens, heads, dim, dtype=torch.float32)
-        self.lse = torch.empty(tokens, heads, dtype=torch.float32)
+    def attend(self, band: Band, buffer: Tensor) -> None:
+        rows = band.last - band.first
+        width = band.width + (self.sinks is not None)
+        shape = (self.kv_heads, rows, self.group, width)
+        raw = buffer[: self.kv_heads * rows * self.group * width].view(shape)
+        for read in band.reads:
+            self._score(read, raw[:, read.first - band.first : read.last - band.first])
+        if self.softcap is not None:
+            raw.div_(self.softcap).tanh_().mul_(self.softcap)
+        self._hide(band, raw)
+        if self.sinks is not None:
+            raw[..., -1] = self.sinks  # one more key with no value: it only takes its share of the softmax
+        weights = torch.softmax(raw, dim=-1, out=raw)  # in place: half the memory that passes through the cache
+        for read in band.reads:
+            self._gather(read, weights[:, read.first - band.first : read.last - band.first])
 
-    def own_run(self, run: Run) -> None:
-        """Single tokens over their own stretches: [r, Hkv, G, D] against [r, Hkv, longest, D]."""
-        count = len(run.rows)
-        packed = self.query.index_select(1, run.rows).view(self.kv_heads, self.group, count, self.dim)
-        output, lse = attend_block(
-            packed.permute(2, 0, 1, 3),
-            self._own_stretches(self.keys, run),
-            self._own_stretches(self.values, run),
-            scale=self.scale,
-            mask=run.mask,
-            softcap=self.softcap,
-        )
-        self._write(run.rows, output.reshape(count, self.heads, self.dim), lse.reshape(count, self.heads))
+    def _hide(self, band: Band, raw: Tensor) -> None:
+        for fill in band.fills:
+            raw[:, fill.first - band.first : fill.last - band.first, :, fill.columns] = float("-inf")
+        for own in (*band.runs, *band.tiles):
+            if own.mask is not None:
+                cells = raw[:, own.first - band.first : own.last - band.first]
+                cells[..., own.mask_from : own.width].add_(own.mask)
+        for node in band.nodes:
+            if node.mask is not None:
+                cells = raw[:, node.first - band.first : node.last - band.first]
+                cells[..., node.column : node.column + node.length].add_(node.mask)
+
+    def _score(self, read: OwnRead | NodeRead, cells: Tensor) -> None:
+        """Writes the scores of one read into its rows' cells [Hkv, rows, G, width]."""
+        query = self.query[:, read.first : read.last]
+        if isinstance(read, Run) and read.last - read.first > 1:
+            keys = self._own_stretches(self.keys, read)
+            for head in range(self.kv_heads):
+                scores(query[head], keys[:, :, head], cells[head, :, :, : read.width])
+        else:
+            column = read.column if isinstance(read, NodeRead) else 0
+            keys = self._stretch(self.keys, read)
+            part = cells[..., column : column + keys.shape[1]]
+            scores(_packed(query), keys, _packed(part))
+
+    def _gather(self, read: OwnRead | NodeRead, cells: Tensor) -> None:
+        """Writes (own reads) or adds (nodes) the values of one read, weighted."""
+        output = self.output[:, read.first : read.last]
+        if isinstance(read, Run) and read.last - read.first > 1:
+            values = self._own_stretches(self.values, read)
+            for head in range(self.kv_heads):
+                products(cells[head, :, :, : read.width], values[:, :, head], output[head])
+            return
+        column = read.column if isinstance(read, NodeRead) else 0
+        values = self._stretch(self.values, read)
+        part = cells[..., column : column + values.shape[1]]
+        write = add_product if isinstance(read, NodeRead) else products
+        write(_packed(part), values, _packed(output))
+
+    def _stretch(self, buffer: Tensor, read: OwnRead | NodeRead) -> Tensor:
+        """[Hkv, width, D] of a tile, of a node, or of a run of one row."""
+        if isinstance(read, NodeRead):
+            return buffer[read.offset : read.offset + read.length].transpose(0, 1)
+        if read.slots is not None:
+            return buffer.index_select(0, read.slots.flatten()).transpose(0, 1)
+        return buffer[read.offset : read.offset + read.width].transpose(0, 1)
 
     def _own_stretches(self, buffer: Tensor, run: Run) -> Tensor:
-        count = len(run.rows)
+        """[rows, width, Hkv, D]"""
+        count = run.last - run.first
+        shape = (count, run.width, self.kv_heads, buffer.shape[-1])
         if run.slots is not None:
-            gathered = buffer.index_select(0, run.slots.flatten())
-            return gathered.view(count, run.longest, self.kv_heads, self.dim).transpose(1, 2)
+            return buffer.index_select(0, run.slots.flatten()).view(shape)
         token, head, lane = buffer.stride()
-        shape = (count, self.kv_heads, run.longest, self.dim)
-        return buffer.as_strided(shape, (run.stride * token, head, token, lane), run.offset * token)
-
-    def own_padded(self, group: PaddedGroup) -> None:
-        """Short prompt chunks, padded to the longest: [b, Hq, n, D] against a gathered [b, Hkv, L, D]."""
-        chunks, longest_query = group.rows.shape
-        longest_key = group.slots.shape[1]
-        query = self.query.index_select(1, group.rows.flatten()).view(
-            self.heads, chunks, longest_query, self.dim
-        )
-        shape = (chunks, longest_key, self.kv_heads, self.dim)
-        slots = group.slots.flatten()
-        output, lse = attend_block(
-            query.transpose(0, 1),
-            self.keys.index_select(0, slots).view(shape).transpose(1, 2),
-            self.values.index_select(0, slots).view(shape).transpose(1, 2),
-            scale=self.scale,
-            mask=group.mask,
-            softcap=self.softcap,
-        )
-        flat = output.transpose(1, 2).reshape(-1, self.heads, self.dim)
-        flat_lse = lse.transpose(1, 2).reshape(-1, self.heads)
-        self._write(group.real_rows, flat[group.real], flat_lse[group.real])
-
-    def own_causal(self, chunk: BlockRead) -> None:
-        """A long prompt chunk over itself."""
-        rows = slice(int(chunk.rows[0]), int(chunk.rows[-1]) + 1)
-        output, lse = self._attend(self.query[:, rows].unsqueeze(0), chunk, causal=chunk.mask is None)
-        self.output[rows] = output[0].transpose(0, 1)
-        self.lse[rows] = lse[0].transpose(0, 1)
-
-    def merge_level(self, level: BlockLevel) -> None:
-        """Tokens over stretches that lie wholly before them: query heads packed into rows, no causal mask."""
-        count = len(level.rows)
-        grouped = self.query.reshape(self.kv_heads, self.group, -1, self.dim).transpose(1, 2)
-        packed = grouped.index_select(1, level.rows).view(1, self.kv_heads, count * self.group, self.dim)
-        outputs, lses, first = [], [], 0
-        for block in level.blocks:
-            rows = len(block.rows) * self.group
-            mask = None if block.mask is None else block.mask.repeat_interleave(self.group, dim=2)
-            output, lse = self._attend(packed[:, :, first : first + rows], block, causal=False, mask=mask)
-            outputs.append(output)
-            lses.append(lse)
-            first += rows
-        part = _joined(outputs).view(self.kv_heads, count, self.group, self.dim).transpose(0, 1)
-        part_lse = _joined(lses).view(self.kv_heads, count, self.group).transpose(0, 1)
-        merge_into(
-            self.output,
-            self.lse,
-            part.reshape(count, self.heads, self.dim),
-            part_lse.reshape(count, self.heads),
-            level.rows,
+        return buffer.as_strided(
+            shape, (run.stride * token, token, head, lane), buffer.storage_offset() + run.offset * token
         )
 
-    def _attend(
-        self, query: Tensor, block: BlockRead, causal: bool, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        stretch = slice(block.offset, block.offset + block.length)
-        return attend_block(
-            query,
-            self.keys[stretch].transpose(0, 1).unsqueeze(0),
-            self.values[stretch].transpose(0, 1).unsqueeze(0),
-            scale=self.scale,
-            mask=block.mask if mask is None else mask,
-            causal=causal,
-            softcap=self.softcap,
-        )
 
-    def _write(self, rows: Tensor, output: Tensor, lse: Tensor) -> None:
-        self.output.index_copy_(0, rows, output.float())
-        self.lse.index_copy_(0, rows, lse)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Parts [1, Hkv, rows, ...] one after another along the rows, contiguous."""
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _padded(states: Tensor, dim: int) -> Tensor:
-    missing = dim - states.shape[-1]
-    return torch.nn.functional.pad(states, (0, missing)) if missing else states
+def _packed(states: Tensor) -> Tensor:
+    """[Hkv, n, G, X] → [Hkv, n * G, X], a view."""
+    kv_heads, rows, group, size = states.shape
+    return states.view(kv_heads, rows * group, size)

@@ -1,237 +1,433 @@
-"""Which stretches of KV each token of a step reads, as few large reads. The same for every layer with one window.
+"""Which stretches of KV each token of a step reads, as few large products. The same for every layer with one window.
 
-Every token has exactly one own read (a run, a padded group or a causal chunk) and one block read for each shared
-node above it that it can see, and for what its own node held before a long chunk.
+Rows (tokens of the step) are put in tree order, so that the readers of a node are neighbours. Neighbouring rows form
+*bands*. A band has one buffer of scores, [rows, width], whose columns are
+
+    0 .. own_width                the row's own stretch (what its own node holds, up to the row itself)
+    own_width .. width            the positions above it, node by node, in the order of the sequence
+
+so that one softmax over a band's columns is the softmax over all keys of each row, whatever was read together. Each
+cell is written by one read, or filled because the row has nothing there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchllm.executor.attention_bands import PieceSize, cut_into_bands
 from batchllm.executor.step import Chunk, SharedRead
 
-_SHORT = 256  # chunks whose own stretch is at most this long are padded and gathered together
-_MAX_PADDING = 1.5  # longest own stretch of a padded group over its shortest, roughly
+_SHORT = 96  # chunks whose own stretch is at most this long are read together, each masking the others
+_TILE_ROWS = 64  # tokens of short chunks in a tile
+_LONG_TILE_ROWS = 128  # tokens of a long chunk in a tile; half a square of scores is masked in each
 _FEW = 8  # fewer neighbours than this are gathered with others instead of being a call of their own
+_GATHERED = 256  # and only stretches up to this length: a copy costs as much as the read
 
 
 @dataclass(frozen=True)
-class Run:
-    """Single tokens, each over its own extent, in one call.
+class OwnRead:
+    """Rows first..last over their own stretches: columns 0..width of their band."""
 
-    Extents that lie one after another and are equally large are read through a strided view of the pool; others are
-    gathered.
-    """
-
-    rows: Tensor  # [r] flat indices
-    longest: int  # slots read in each extent
-    mask: Tensor | None  # [r, 1, 1, longest]
-    offset: int = 0  # slot of the first extent
-    stride: int = 0  # slots from one extent to the next
-    slots: Tensor | None = None  # [r, longest] to gather instead, any valid one where masked
+    first: int
+    last: int
+    width: int
+    mask: Tensor | None  # [rows, 1, width - mask_from], additive, for columns from mask_from on
+    mask_from: int
+    slots: Tensor | None  # gathered: [rows, width] of a run, [width] of a tile; any valid slot where masked
+    offset: int = 0  # otherwise the slot of the first column of the first row
 
 
 @dataclass(frozen=True)
-class PaddedGroup:
-    """Short prompt chunks, each with all its node holds; padded to the longest of the group."""
+class Run(OwnRead):
+    """Single tokens, each with a stretch of its own; `stride` slots from one to the next where not gathered."""
 
-    rows: Tensor  # [b, n] flat indices, any valid one where padded
-    slots: Tensor  # [b, L] pool slots, any valid one where padded
-    mask: Tensor  # [b, 1, n, L]
-    real: Tensor  # [k] indices into the flattened [b, n] that are tokens
-    real_rows: Tensor  # [k] their flat indices
+    stride: int = 0
 
 
 @dataclass(frozen=True)
-class BlockRead:
-    """Flat rows that read one contiguous stretch of slots."""
+class Tile(OwnRead):
+    """Tokens of prompt chunks that all read the same columns."""
 
-    rows: Tensor  # [n]
+
+@dataclass(frozen=True)
+class NodeRead:
+    """Rows first..last over one stretch that lies wholly before them."""
+
+    first: int
+    last: int
+    column: int
     offset: int
     length: int
-    mask: Tensor | None  # [1, 1, n, length]
+    mask: Tensor | None  # [rows, 1, length]
 
 
 @dataclass(frozen=True)
-class BlockLevel:
-    """Blocks whose readers are all different, so that their results can be merged in one go."""
+class Fill:
+    """Cells where rows first..last have no key."""
 
-    rows: Tensor  # [N] the rows of the blocks, one block after another
-    blocks: list[BlockRead]
+    first: int
+    last: int
+    columns: slice
+
+
+@dataclass
+class Band:
+    """Rows first..last that share one buffer of scores. Rows of all reads count from the start of the step."""
+
+    first: int
+    last: int
+    own_width: int
+    width: int
+    runs: list[Run] = field(default_factory=list)
+    tiles: list[Tile] = field(default_factory=list)
+    nodes: list[NodeRead] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
+
+    @property
+    def reads(self) -> list[OwnRead | NodeRead]:
+        """Own reads first: they write what nodes are added to."""
+        return [*self.runs, *self.tiles, *self.nodes]
 
 
 @dataclass(frozen=True)
 class StepReads:
-    runs: list[Run]
-    padded: list[PaddedGroup]
-    causal: list[BlockRead]
-    levels: list[BlockLevel]
+    """`order[i]` is the flat index of row i; None when rows are in that order already."""
+
+    order: Tensor | None
+    bands: list[Band]
 
 
 def plan_reads(
-    chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], window: int | None, dtype: torch.dtype
+    chunks: Sequence[Chunk],
+    shared_reads: Sequence[SharedRead],
+    window: int | None,
+    dtype: torch.dtype,
+    query_heads: int,
 ) -> StepReads:
     """Reads of a step's chunks for layers with a sliding window of `window` tokens (None: unlimited).
 
     A token at position p sees positions p - window + 1 .. p. Masks are additive, in `dtype`.
     """
-    single = [chunk for chunk in chunks if chunk.count == 1]
-    short = [chunk for chunk in chunks if chunk.count > 1 and _own_length(chunk) <= _SHORT]
-    long = [chunk for chunk in chunks if chunk.count > 1 and _own_length(chunk) > _SHORT]
-    held = [_held_read(chunk, window, dtype) for chunk in long if chunk.held_before]
-    shared = [_node_read(read, window, dtype) for read in shared_reads]
-    strided = [group for group in _adjacent(single) if len(group) >= _FEW or _own_length(group[0]) > _SHORT]
-    taken = {chunk.first for group in strided for chunk in group}
-    scattered = _similar([chunk for chunk in single if chunk.first not in taken])
-    return StepReads(
-        runs=[
-            *(_run(group, window, dtype, gather=False) for group in strided),
-            *(_run(group, window, dtype, gather=True) for group in scattered),
-        ],
-        padded=[_padded_group(group, window, dtype) for group in _similar(short)],
-        causal=[_causal_read(chunk, window, dtype) for chunk in long],
-        levels=_levels([block for block in (*held, *shared) if block is not None]),
-    )
+    if not chunks:
+        return StepReads(None, [])
+    reads = sorted(shared_reads, key=lambda read: read.start)
+    ordered = _tree_order(chunks, reads)
+    flat = np.concatenate([np.arange(chunk.first, chunk.first + chunk.count) for chunk in ordered])
+    is_sorted = bool((np.diff(flat) == 1).all()) and flat[0] == 0
+    pieces = [*_pieces(ordered, window)]
+    bands = [
+        _band(pieces[first:last], window, dtype)
+        for first, last in cut_into_bands([piece.size for piece in pieces], query_heads)
+    ]
+    place = np.empty(int(flat.max()) + 1, dtype=np.int64)
+    place[flat] = np.arange(len(flat))
+    for read in reads:
+        _add_node_read(bands, read, place, window, dtype)
+    return StepReads(None if is_sorted else torch.from_numpy(flat), [band.band for band in bands])
 
 
-def _own_length(chunk: Chunk) -> int:
-    return chunk.held_before + chunk.count
+def _tree_order(chunks: Sequence[Chunk], reads: Sequence[SharedRead]) -> list[Chunk]:
+    """Decode tokens first, then prompts; readers of one node side by side, and neighbours in the pool too."""
+    path: dict[int, list[int]] = {chunk.first: [] for chunk in chunks}
+    for number, read in enumerate(reads):
+        for chunk in read.chunks:
+            path[chunk.first].append(number)
+
+    def key(chunk: Chunk) -> tuple[bool, list[int], int, int]:
+        single = chunk.count == 1
+        capacity = chunk.extent.capacity if single else 0
+        return not single, path[chunk.first], capacity, chunk.extent.offset
+
+    return sorted(chunks, key=key)
+
+
+# ---- pieces: rows that stay in one band
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Part of a chunk: `count` tokens from `position` on, the first `held` of its node before them."""
+
+    chunk: Chunk
+    position: int
+    count: int
+
+    @property
+    def held(self) -> int:
+        return self.position - self.chunk.node_start
+
+    def hidden(self, window: int | None) -> int:
+        """Own slots from the start that none of the tokens sees."""
+        return 0 if window is None else max(0, self.held - window + 1)
+
+    def own_slots(self, window: int | None) -> range:
+        """Slots that at least one of the tokens sees."""
+        offset = self.chunk.extent.offset
+        return range(offset + self.hidden(window), offset + self.held + self.count)
+
+    def first_seen(self, window: int | None) -> int:
+        return 0 if window is None else max(0, self.position - window + 1)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One decode token, or the tokens of one tile. Rows are numbered in tree order."""
+
+    first: int
+    members: tuple[_Member, ...]
+    size: PieceSize
+
+    @property
+    def last(self) -> int:
+        return self.first + self.size.rows
+
+
+def _pieces(chunks: Sequence[Chunk], window: int | None) -> Iterator[_Piece]:
+    first = 0
+    gathered: list[_Member] = []
+
+    def piece(members: Sequence[_Member]) -> _Piece:
+        nonlocal first
+        rows = sum(member.count for member in members)
+        own = sum(len(member.own_slots(window)) for member in members)
+        above = max(member.chunk.node_start - member.first_seen(window) for member in members)
+        made = _Piece(first, tuple(members), PieceSize(rows, own, max(0, above)))
+        first += rows
+        return made
+
+    for chunk in chunks:
+        whole = _Member(chunk, chunk.position, chunk.count)
+        is_short = chunk.count > 1 and chunk.held_before + chunk.count <= _SHORT
+        if gathered and (not is_short or sum(m.count for m in gathered) + chunk.count > _TILE_ROWS):
+            yield piece(gathered)
+            gathered = []
+        if is_short:
+            gathered.append(whole)
+        else:
+            yield from (piece([part]) for part in _parts(whole))
+    if gathered:
+        yield piece(gathered)
+
+
+def _parts(whole: _Member) -> Iterator[_Member]:
+    for done in range(0, whole.count, _LONG_TILE_ROWS):
+        count = min(_LONG_TILE_ROWS, whole.count - done)
+        yield _Member(whole.chunk, whole.position + done, count)
+
+
+# ---- bands
+
+
+@dataclass
+class _PlannedBand:
+    """A band, and what is needed to add node reads to it."""
+
+    band: Band
+    base: int  # absolute position of column own_width
+    end: int  # and after the last column: some row sees each position in between, no row another one above
+    positions: NDArray[np.int64]  # [rows]
+
+
+def _band(pieces: Sequence[_Piece], window: int | None, dtype: torch.dtype) -> _PlannedBand:
+    first, last = pieces[0].first, pieces[-1].last
+    single = [piece for piece in pieces if piece.size.rows == 1]
+    runs = [*_runs(single, window, dtype)]
+    tiles = [_tile(piece, window, dtype) for piece in pieces if piece.size.rows > 1]
+    own_width = max(read.width for read in (*runs, *tiles))
+    members = [member for piece in pieces for member in piece.members]
+    seen = [
+        (member.first_seen(window), member.chunk.node_start)
+        for member in members
+        if member.first_seen(window) < member.chunk.node_start
+    ]
+    base = min((start for start, _ in seen), default=0)
+    end = max((end for _, end in seen), default=base)
+    band = Band(first, last, own_width, own_width + end - base, runs, tiles)
+    for read in (*runs, *tiles):
+        _fill(band, read.first, read.last, read.width, own_width)
+    row = first
+    for member in members:
+        above = max(0, member.chunk.node_start - base)
+        _fill(band, row, row + member.count, own_width + above, band.width)
+        row += member.count
+    positions = [np.arange(member.position, member.position + member.count) for member in members]
+    return _PlannedBand(band, base, end, np.concatenate(positions))
+
+
+def _fill(band: Band, first: int, last: int, begin: int, end: int) -> None:
+    """Marks columns begin..end of some rows; neighbours with the same columns become one fill."""
+    if begin >= end:
+        return
+    columns = slice(begin, end)
+    if band.fills and band.fills[-1].last == first and band.fills[-1].columns == columns:
+        first = band.fills.pop().first
+    band.fills.append(Fill(first, last, columns))
 
 
 # ---- own stretches
 
 
-def _adjacent(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Groups single tokens whose extents are neighbours of equal capacity."""
-    groups: list[list[Chunk]] = []
-    for chunk in sorted(chunks, key=lambda chunk: chunk.extent.offset):
-        last = groups[-1][-1].extent if groups else None
-        if last and chunk.extent.capacity == last.capacity and chunk.extent.offset == last.end:
-            groups[-1].append(chunk)
+def _runs(singles: Sequence[_Piece], window: int | None, dtype: torch.dtype) -> Iterator[Run]:
+    """Decode tokens whose stretches lie at equal distances are one view of the pool; the others are gathered."""
+    loose: list[_Piece] = []
+    for group in _equally_spaced(singles):
+        if len(group) >= _FEW or group[0].size.own > _GATHERED:
+            yield from _loose_runs(loose, window, dtype)
+            loose = []
+            yield from _strided_runs(group, window, dtype)
         else:
-            groups.append([chunk])
+            loose += group
+    yield from _loose_runs(loose, window, dtype)
+
+
+def _equally_spaced(singles: Sequence[_Piece]) -> list[list[_Piece]]:
+    """Neighbouring rows whose extents are equally large and lie one after another."""
+    groups: list[list[_Piece]] = []
+    for piece in singles:
+        extent = piece.members[0].chunk.extent
+        last = groups[-1][-1] if groups else None
+        above = last.members[0].chunk.extent if last else None
+        if (
+            last
+            and above
+            and last.last == piece.first
+            and above.end == extent.offset
+            and above.capacity == extent.capacity
+        ):
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
     return groups
 
 
-def _run(chunks: Sequence[Chunk], window: int | None, dtype: torch.dtype, gather: bool) -> Run:
-    lengths = torch.tensor([_own_length(chunk) for chunk in chunks]).unsqueeze(1)
-    longest = int(lengths.max())
-    slot = torch.arange(longest)
+def _strided_runs(group: Sequence[_Piece], window: int | None, dtype: torch.dtype) -> Iterator[Run]:
+    lengths = torch.tensor([piece.members[0].held + 1 for piece in group]).unsqueeze(1)
+    begin, end = _seen_columns(lengths, window)
+    extent = group[0].members[0].chunk.extent
+    yield Run(
+        first=group[0].first,
+        last=group[-1].last,
+        width=end - begin,
+        mask=_run_mask(lengths, begin, end, window, dtype),
+        mask_from=0,
+        slots=None,
+        offset=extent.offset + begin,
+        stride=extent.capacity,
+    )
+
+
+def _loose_runs(loose: Sequence[_Piece], window: int | None, dtype: torch.dtype) -> Iterator[Run]:
+    for group in _consecutive(loose):
+        lengths = torch.tensor([piece.members[0].held + 1 for piece in group]).unsqueeze(1)
+        begin, end = _seen_columns(lengths, window)
+        offsets = torch.tensor([piece.members[0].chunk.extent.offset for piece in group]).unsqueeze(1)
+        slots = offsets + torch.minimum(torch.arange(begin, end), lengths - 1)
+        mask = _run_mask(lengths, begin, end, window, dtype)
+        yield Run(group[0].first, group[-1].last, end - begin, mask, 0, slots)
+
+
+def _consecutive(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    groups: list[list[_Piece]] = []
+    for piece in pieces:
+        if groups and groups[-1][-1].last == piece.first:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    return groups
+
+
+def _seen_columns(lengths: Tensor, window: int | None) -> tuple[int, int]:
+    begin = 0 if window is None else max(0, int(lengths.min()) - window)
+    return begin, int(lengths.max())
+
+
+def _run_mask(lengths: Tensor, begin: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    slot = torch.arange(begin, end)
     hidden = slot >= lengths
     if window is not None:
         hidden |= slot < lengths - window
-    mask = _additive(hidden, dtype)[:, None, None] if bool(hidden.any()) else None
-    rows = torch.tensor([chunk.first for chunk in chunks])
-    if gather:
-        offsets = torch.tensor([chunk.extent.offset for chunk in chunks]).unsqueeze(1)
-        return Run(rows, longest, mask, slots=offsets + torch.minimum(slot, lengths - 1))
-    return Run(rows, longest, mask, offset=chunks[0].extent.offset, stride=chunks[0].extent.capacity)
+    return _additive(hidden, dtype) if bool(hidden.any()) else None
 
 
-def _similar(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Groups chunks of similar size, so that padding stays small."""
-    groups: list[list[Chunk]] = []
-    for chunk in sorted(chunks, key=lambda chunk: (_own_length(chunk), chunk.count)):
-        if groups and _own_length(chunk) <= _MAX_PADDING * _own_length(groups[-1][0]) + 8:
-            groups[-1].append(chunk)
-        else:
-            groups.append([chunk])
-    return groups
+def _tile(piece: _Piece, window: int | None, dtype: torch.dtype) -> Tile:
+    slots = [member.own_slots(window) for member in piece.members]
+    width = sum(map(len, slots))
+    hidden = np.ones((piece.size.rows, width), dtype=bool)
+    row = column = 0
+    for member, seen in zip(piece.members, slots):
+        query = np.arange(member.count)[:, None] + member.held
+        key = np.arange(len(seen)) + member.hidden(window)
+        part = hidden[row : row + member.count, column : column + len(seen)]
+        np.greater(key, query, out=part)
+        if window is not None:
+            part |= key <= query - window
+        row, column = row + member.count, column + len(seen)
+    any_hidden = np.flatnonzero(hidden.any(axis=0))
+    mask_from = int(any_hidden[0]) if len(any_hidden) else width
+    mask = _additive(torch.from_numpy(hidden[:, mask_from:]), dtype) if mask_from < width else None
+    if len(slots) == 1:
+        return Tile(piece.first, piece.last, width, mask, mask_from, None, offset=slots[0].start)
+    gathered = torch.from_numpy(np.concatenate([np.asarray(seen) for seen in slots]))
+    return Tile(piece.first, piece.last, width, mask, mask_from, gathered)
 
 
-def _padded_group(chunks: Sequence[Chunk], window: int | None, dtype: torch.dtype) -> PaddedGroup:
-    first = np.array([chunk.first for chunk in chunks])[:, None]
-    count = np.array([chunk.count for chunk in chunks])[:, None]
-    held = np.array([chunk.held_before for chunk in chunks])[:, None]
-    offset = np.array([chunk.extent.offset for chunk in chunks])[:, None]
-    query, key = np.arange(count.max())[None], np.arange((held + count).max())[None]
-    rows = first + np.minimum(query, count - 1)
-    slots = offset + np.minimum(key, held + count - 1)
-    # A padded query repeats the last real one, so that every query sees a key.
-    seen_to = (held + np.minimum(query, count - 1))[:, :, None]
-    hidden = key[:, None] > seen_to
-    if window is not None:
-        hidden |= key[:, None] <= seen_to - window
-    real = np.flatnonzero(query < count)
-    return PaddedGroup(
-        torch.from_numpy(rows),
-        torch.from_numpy(slots),
-        _additive(torch.from_numpy(hidden), dtype)[:, None],
-        torch.from_numpy(real),
-        torch.from_numpy(rows.reshape(-1)[real]),
-    )
+# ---- nodes above
 
 
-def _causal_read(chunk: Chunk, window: int | None, dtype: torch.dtype) -> BlockRead:
-    """A long chunk over itself; the mask is None when the kernel's own causal mask is enough."""
-    rows = torch.arange(chunk.first, chunk.first + chunk.count)
-    mask = None
-    if window is not None and chunk.count > window:
-        distance = torch.arange(chunk.count).unsqueeze(1) - torch.arange(chunk.count)
-        mask = _additive((distance < 0) | (distance >= window), dtype)[None, None]
-    return BlockRead(rows, chunk.extent.offset + chunk.held_before, chunk.count, mask)
-
-
-# ---- stretches that lie wholly before their readers
-
-
-def _held_read(chunk: Chunk, window: int | None, dtype: torch.dtype) -> BlockRead | None:
-    rows = np.arange(chunk.first, chunk.first + chunk.count)
-    positions = np.arange(chunk.position, chunk.position + chunk.count)
-    return _block(rows, positions, chunk.extent.offset, chunk.node_start, chunk.held_before, window, dtype)
-
-
-def _node_read(read: SharedRead, window: int | None, dtype: torch.dtype) -> BlockRead | None:
-    rows = np.concatenate([np.arange(chunk.first, chunk.first + chunk.count) for chunk in read.chunks])
-    positions = np.concatenate(
-        [np.arange(chunk.position, chunk.position + chunk.count) for chunk in read.chunks]
-    )
-    return _block(rows, positions, read.extent.offset, read.start, read.length, window, dtype)
-
-
-def _block(
-    rows: NDArray[np.int64],
-    positions: NDArray[np.int64],
-    offset: int,
-    start: int,
-    length: int,
+def _add_node_read(
+    bands: Sequence[_PlannedBand],
+    read: SharedRead,
+    place: NDArray[np.int64],
     window: int | None,
     dtype: torch.dtype,
-) -> BlockRead | None:
-    """The part of [start, start + length) that the rows still see, or None when they see none of it."""
-    if window is None:
-        return BlockRead(torch.from_numpy(rows), offset, length, None)
-    first_seen = positions - (window - 1)
-    seeing = first_seen < start + length
-    if not seeing.any():
-        return None
-    rows, first_seen = rows[seeing], first_seen[seeing]
-    skipped = max(0, int(first_seen.min()) - start)
-    hidden = np.arange(start + skipped, start + length) < first_seen[:, None]
-    mask = _additive(torch.from_numpy(hidden), dtype)[None, None] if hidden.any() else None
-    return BlockRead(torch.from_numpy(rows), offset + skipped, length - skipped, mask)
+) -> None:
+    ranges = _row_ranges(read.chunks, place)
+    index = 0
+    for first, last in ranges:
+        while index and bands[index - 1].band.last > first:
+            index -= 1
+        while index < len(bands) and bands[index].band.first < last:
+            planned = bands[index]
+            begin, end = max(first, planned.band.first), min(last, planned.band.last)
+            if begin < end:
+                _add_to_band(planned, read, begin, end, window, dtype)
+            index += 1
 
 
-def _levels(blocks: Sequence[BlockRead]) -> list[BlockLevel]:
-    """Each block goes to the first level after all earlier blocks that share a reader with it."""
-    last_row = max((int(block.rows.max()) for block in blocks), default=0)
-    level_of_row = np.zeros(last_row + 1, dtype=np.int64)
-    levels: list[list[BlockRead]] = []
-    for block in blocks:
-        rows = block.rows.numpy()
-        level = int(level_of_row[rows].max())
-        level_of_row[rows] = level + 1
-        if level == len(levels):
-            levels.append([])
-        levels[level].append(block)
-    return [BlockLevel(torch.cat([block.rows for block in level]), level) for level in levels]
+def _row_ranges(chunks: Sequence[Chunk], place: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """The rows of these chunks as ranges; in tree order that is one for decode tokens and one for prompts."""
+    ranges: list[tuple[int, int]] = []
+    for first, count in sorted((int(place[chunk.first]), chunk.count) for chunk in chunks):
+        if ranges and ranges[-1][1] == first:
+            ranges[-1] = (ranges[-1][0], first + count)
+        else:
+            ranges.append((first, first + count))
+    return ranges
+
+
+def _add_to_band(
+    planned: _PlannedBand, read: SharedRead, first: int, last: int, window: int | None, dtype: torch.dtype
+) -> None:
+    band = planned.band
+    begin, end = max(read.start, planned.base), min(read.start + read.length, planned.end)
+    if begin >= end:
+        return
+    mask = None
+    if window is not None:
+        first_seen = planned.positions[first - band.first : last - band.first] - (window - 1)
+        hidden = np.arange(begin, end) < first_seen[:, None]
+        mask = _additive(torch.from_numpy(hidden), dtype) if hidden.any() else None
+    column = band.own_width + begin - planned.base
+    offset = read.extent.offset + begin - read.start
+    band.nodes.append(NodeRead(first, last, column, offset, end - begin, mask))
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    """[rows, columns] → [rows, 1, columns]: 0 where seen, -inf where hidden."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).unsqueeze(1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from batchllm.executor import attention_plan
+from batchllm.executor import attention_bands, attention_plan
+from batchllm.executor.attention_bands import BAND_SCORES, PieceSize, cut_into_bands
 from batchllm.executor.attention_cpu import CpuStepAttention
-from batchllm.executor.attention_plan import StepReads, plan_reads
+from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, StepReads, plan_reads
 from batchllm.executor.kv_pool import LayerKv
 from tests.executor.step_worlds import World, dense_attention, make_world
 
@@ -27,13 +29,19 @@ FEATURES = {
     "narrow values": (None, None, False, 5, 1),
 }
 # How the plan groups reads depends on sizes: these limits send tiny worlds down every path.
-PATHS = {"short": {}, "long": {"_SHORT": 3, "_FEW": 1}, "mixed": {"_SHORT": 8, "_FEW": 3}}
+PATHS = {
+    "short": {},
+    "long": {"_SHORT": 3, "_FEW": 1, "_LONG_TILE_ROWS": 4},
+    "mixed": {"_SHORT": 8, "_FEW": 3, "_TILE_ROWS": 10},
+    "many bands": {"_FEW": 2, "_TILE_ROWS": 5, "_CHEAP_SCORES": 30, "BAND_SCORES": 400},
+}
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in PATHS[request.param].items():
-        monkeypatch.setattr(attention_plan, name, value)
+        module = attention_plan if hasattr(attention_plan, name) else attention_bands
+        monkeypatch.setattr(module, name, value)
     return str(request.param)
 
 
@@ -77,63 +85,73 @@ def test_bfloat16_is_as_exact_as_its_rounding(feature: str, path: str) -> None:
 
 
 def reads_of(reads: StepReads, tokens: int) -> list[Counter[int]]:
-    """Slots that each flat token reads, with how often, masked ones left out."""
+    """Slots that each flat token reads, with how often, masked ones left out. Checks that every cell of every band is
+    written by exactly one read, or filled."""
     seen: list[Counter[int]] = [Counter() for _ in range(tokens)]
-
-    def add(row: int, slots: list[int], mask: torch.Tensor | None) -> None:
-        shown = [True] * len(slots) if mask is None else (mask == 0).tolist()
-        seen[row].update(slot for slot, is_shown in zip(slots, shown, strict=True) if is_shown)
-
-    for run in reads.runs:
-        for index, row in enumerate(run.rows.tolist()):
-            first = run.offset + index * run.stride
-            slots = (
-                list(range(first, first + run.longest)) if run.slots is None else run.slots[index].tolist()
-            )
-            add(row, slots, None if run.mask is None else run.mask[index, 0, 0])
-    for group in reads.padded:
-        longest = group.rows.shape[1]
-        for place in group.real.tolist():
-            chunk, query = divmod(place, longest)
-            add(int(group.rows[chunk, query]), group.slots[chunk].tolist(), group.mask[chunk, 0, query])
-    for block in reads.causal:
-        for index, row in enumerate(block.rows.tolist()):
-            seen_to = (
-                index + 1 if block.mask is None else block.length
-            )  # no mask: the kernel's own causal one
-            slots = list(range(block.offset, block.offset + seen_to))
-            add(row, slots, None if block.mask is None else block.mask[0, 0, index])
-    for block in (block for level in reads.levels for block in level.blocks):
-        for index, row in enumerate(block.rows.tolist()):
-            slots = list(range(block.offset, block.offset + block.length))
-            add(row, slots, None if block.mask is None else block.mask[0, 0, index])
+    flat = range(tokens) if reads.order is None else reads.order.tolist()
+    for band in reads.bands:
+        cells = np.zeros((band.last - band.first, band.width), dtype=int)
+        for read, column, width, slots, mask in reads_in(band):
+            shown = torch.ones(read.last - read.first, width, dtype=torch.bool)
+            if mask is not None:
+                shown[:, width - mask.shape[-1] :] = mask[:, 0] == 0
+            for index, row in enumerate(range(read.first, read.last)):
+                cells[row - band.first, column : column + width] += 1
+                seen[flat[row]].update(slots[index][shown[index]].tolist())
+        for fill in band.fills:
+            cells[fill.first - band.first : fill.last - band.first, fill.columns] += 1
+        assert (cells == 1).all()
     return seen
+
+
+def reads_in(band: Band) -> Iterator[tuple[OwnRead | NodeRead, int, int, torch.Tensor, torch.Tensor | None]]:
+    """Each read with its first column, its width, the slots [rows, width] and its mask."""
+    for node in band.nodes:
+        slots = (node.offset + torch.arange(node.length)).expand(node.last - node.first, -1)
+        yield node, node.column, node.length, slots, node.mask
+    for tile in band.tiles:
+        slots = tile.offset + torch.arange(tile.width) if tile.slots is None else tile.slots
+        yield tile, 0, tile.width, slots.expand(tile.last - tile.first, -1), tile.mask
+    for run in band.runs:
+        first = run.offset + run.stride * torch.arange(run.last - run.first).unsqueeze(1)
+        yield run, 0, run.width, first + torch.arange(run.width) if run.slots is None else run.slots, run.mask
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 13, 40])
 def test_every_visible_position_is_read_exactly_once(window: int | None, path: str) -> None:
     for seed in range(12):
         world: World = make_world(np.random.default_rng(seed), LayerKv(1, 4, 4), torch.float32)
-        seen = reads_of(
-            plan_reads(world.batch.chunks, world.batch.shared_reads, window, torch.float32),
-            len(world.batch.tokens),
-        )
-        for token, slots in enumerate(seen):
+        plan = plan_reads(world.batch.chunks, world.batch.shared_reads, window, torch.float32, 1)
+        for token, slots in enumerate(reads_of(plan, len(world.batch.tokens))):
             assert slots == Counter(world.visible(token, window)), (seed, token)
 
 
 def test_every_row_has_exactly_one_own_read(path: str) -> None:
-    """What is written first must be written once; block reads are merged into it."""
+    """What is written first must be written once; node reads are added to it."""
     world = make_world(np.random.default_rng(5), LayerKv(1, 4, 4), torch.float32)
-    reads = plan_reads(world.batch.chunks, world.batch.shared_reads, None, torch.float32)
-    rows = [row for run in reads.runs for row in run.rows.tolist()]
-    rows += [row for group in reads.padded for row in group.real_rows.tolist()]
-    rows += [row for block in reads.causal for row in block.rows.tolist()]
+    bands = plan_reads(world.batch.chunks, world.batch.shared_reads, None, torch.float32, 1).bands
+    own = [read for band in bands for read in (*band.runs, *band.tiles)]
+    rows = [row for read in own for row in range(read.first, read.last)]
     assert sorted(rows) == list(range(len(world.batch.tokens)))
 
 
-def test_tokens_below_a_shared_node_read_it_in_one_call() -> None:
+def test_tokens_below_a_shared_node_read_it_together() -> None:
+    """At most one product for decode tokens and one for prompts, where one band holds all."""
     world = make_world(np.random.default_rng(3), LayerKv(1, 4, 4), torch.float32, num_nodes=30)
     shared = {id(above) for node, _ in world.readers for above in node.ancestors}
-    reads = plan_reads(world.batch.chunks, world.batch.shared_reads, None, torch.float32)
-    assert sum(len(level.blocks) for level in reads.levels) == len(shared)
+    bands = plan_reads(world.batch.chunks, world.batch.shared_reads, None, torch.float32, 1).bands
+    assert len(bands) == 1
+    assert len(shared) <= len(bands[0].nodes) <= 2 * len(shared)
+
+
+def test_bands_are_cut_where_lengths_differ() -> None:
+    alike, other = PieceSize(1, 10, 1000), PieceSize(1, 10, 90_000)
+    assert cut_into_bands([alike] * 3 + [other] * 2 + [alike], query_heads=16) == [(0, 3), (3, 5), (5, 6)]
+
+
+def test_bands_stay_small_enough_for_a_cache() -> None:
+    pieces = [PieceSize(64, 64, 1000)] * 100
+    bands = cut_into_bands(pieces, query_heads=16)
+    assert [first for first, _ in bands[1:]] == [last for _, last in bands[:-1]]
+    assert all((last - first) * 64 * 1064 * 16 <= BAND_SCORES for first, last in bands)
+    assert len(bands) < 100

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchllm.errors import ModelError
 from batchllm.executor import attention_cpu, attention_plan
-from batchllm.executor.attention_math import attend_block
+from batchllm.executor.attention_math import scores
 from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.executor.parity import check_parity
 from tests.executor.tiny_models import configurations, make_model
@@ -39,35 +39,47 @@ def refuses(runner: ModelRunner) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
 def test_attention_that_ignores_masks_is_caught(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unmasked(*args: Any, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        return attend_block(*args, **options)
+    def nothing_hidden(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(hidden.shape, dtype=dtype).unsqueeze(1)
 
-    monkeypatch.setattr(attention_cpu, "attend_block", unmasked)
+    monkeypatch.setattr(attention_plan, "_additive", nothing_hidden)
     refuses(runner_of(architecture))
 
 
 def test_attention_that_scales_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unscaled(*args: Any, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
-        return attend_block(*args, scale=scale * 1.1, **options)
+    def unscaled(query: Tensor, keys: Tensor, cells: Tensor) -> None:
+        scores(query * 1.1, keys, cells)
 
-    monkeypatch.setattr(attention_cpu, "attend_block", unscaled)
+    monkeypatch.setattr(attention_cpu, "scores", unscaled)
     refuses(runner_of("llama"))
 
 
-def test_a_merge_that_forgets_the_shared_node_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_cpu, "merge_into", lambda *args: None)
+def test_values_of_a_shared_node_that_are_forgotten_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "add_product", lambda *args: None)
+    refuses(runner_of("llama"))
+
+
+def test_cells_without_a_key_that_are_counted_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu._LayerJob, "_hide", lambda *args: None)
     refuses(runner_of("llama"))
 
 
 def test_sinks_that_are_ignored_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "sigmoid", torch.ones_like)
+    attend = attention_cpu.CpuStepAttention.attend
+
+    def without_sinks(self: Any, *args: Any, sinks: Tensor | None, **options: Any) -> Tensor:
+        return attend(self, *args, sinks=None, **options)
+
+    monkeypatch.setattr(attention_cpu.CpuStepAttention, "attend", without_sinks)
     refuses(runner_of("gpt_oss"))
 
 
 def test_a_window_that_is_ignored_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_reads = attention_plan.plan_reads
     monkeypatch.setattr(
-        attention_cpu, "plan_reads", lambda chunks, reads, _, dtype: plan_reads(chunks, reads, None, dtype)
+        attention_cpu,
+        "plan_reads",
+        lambda chunks, reads, _, dtype, heads: plan_reads(chunks, reads, None, dtype, heads),
     )
     refuses(runner_of("mistral"))
 
