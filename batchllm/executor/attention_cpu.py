@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchllm.executor.attention_math import add_product, products, scores
 from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, Run, StepReads, plan_reads
-from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.kv_pool import KvPool, KvWriter
 from batchllm.executor.step import StepBatch
 
 
@@ -25,9 +25,7 @@ class CpuStepAttention:
 
     def __init__(self, pool: KvPool, batch: StepBatch):
         self._pool = pool
-        self._slots = torch.from_numpy(batch.slots)
-        self._copy_from = torch.from_numpy(batch.copy_from)
-        self._copy_to = torch.from_numpy(batch.copy_to)
+        self._writer = KvWriter(pool, batch)
         self._all = (batch.chunks, batch.shared_reads)
         self._last = batch.logit_tokens()
         self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
@@ -50,7 +48,7 @@ class CpuStepAttention:
         last_only: bool = False,
     ) -> Tensor:
         """See StepAttention.attend."""
-        self._store(layer, key, value)
+        self._writer.write(layer, key, value)
         reads = self._planned(window, last_only, query)
         heads, kv_heads, value_dim = len(query), len(key), value.shape[-1]
         if reads.order is not None:
@@ -78,14 +76,6 @@ class CpuStepAttention:
             assert work is not None, "logits are read of tokens that do not end a chunk"
             self._reads[key] = plan_reads(*work, window, query.dtype, len(query))
         return self._reads[key]
-
-    def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
-        for buffer, new in ((self._pool.keys[layer], key), (self._pool.values[layer], value)):
-            if new.shape[-1] < buffer.shape[-1]:
-                new = torch.nn.functional.pad(new, (0, buffer.shape[-1] - new.shape[-1]))
-            buffer.index_copy_(0, self._slots, new.transpose(0, 1))
-            if len(self._copy_to):
-                buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
 
     def _buffer(self, band: Band, heads: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer for a band's scores, kept from band to band: fresh memory is slow."""

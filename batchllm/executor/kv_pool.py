@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchllm.executor.step import StepBatch
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKv:
@@ -160,6 +162,25 @@ class KvPool:
             previous_end = extent.end
         assert previous_end <= self.capacity, "extent beyond the pool"
         assert self.used == sum(extent.capacity for extent in self._extents), "used slots miscounted"
+
+
+class KvWriter:
+    """Puts what one step computes into the pool, and then makes the step's copies."""
+
+    def __init__(self, pool: KvPool, batch: StepBatch):
+        self._pool = pool
+        self._slots = torch.from_numpy(batch.slots)
+        self._copy_from = torch.from_numpy(batch.copy_from)
+        self._copy_to = torch.from_numpy(batch.copy_to)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """key, value [heads, T, dim], any strides."""
+        for buffer, new in ((self._pool.keys[layer], key), (self._pool.values[layer], value)):
+            if new.shape[-1] < buffer.shape[-1]:
+                new = torch.nn.functional.pad(new, (0, buffer.shape[-1] - new.shape[-1]))
+            buffer.index_copy_(0, self._slots, new.transpose(0, 1))
+            if len(self._copy_to):
+                buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
 
 
 def _lazy_zeros(capacity: int, layer: LayerKv, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,79 @@
+"""Shared-prefix attention of one step on a CPU, by the kernel in C. Results are those of `attention_cpu`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend
+from batchllm_kernels.cpu.build import library
+from torch import Tensor
+
+from batchllm.executor.attention_tiles import plan_tiles
+from batchllm.executor.kv_pool import KvPool, KvWriter, LayerKv
+from batchllm.executor.step import StepBatch
+from batchllm.user_cache import user_cache_folder
+
+
+def kernels_for(layers: Sequence[LayerKv], dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled kernels, if this model and this machine can use them."""
+    if dtype != torch.bfloat16 or any(layer.key_dim % 2 or layer.value_dim > MAX_VALUE_DIM for layer in layers):
+        return None
+    found = library(user_cache_folder() / "kernels")
+    return None if isinstance(found, str) else found
+
+
+class NativeStepAttention:
+    """`StepAttention` over a KvPool, in bfloat16. Built once per step, used by every layer."""
+
+    def __init__(self, kernels: ctypes.CDLL, pool: KvPool, batch: StepBatch):
+        self._kernels, self._pool = kernels, pool
+        self._writer = KvWriter(pool, batch)
+        self._all = (batch.chunks, batch.shared_reads)
+        self._last = batch.last_tokens()
+        self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
+        self._reads: dict[tuple[int, bool], TiledReads] = {}  # by query heads of a KV head, and last_only
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """See StepAttention.attend."""
+        self._writer.write(layer, key, value)
+        heads, tokens, key_dim = query.shape
+        output = torch.empty(tokens, heads, value.shape[-1], dtype=query.dtype)
+        attend(
+            self._kernels,
+            self._planned(heads // len(key), last_only),
+            _dense_rows(query).transpose(0, 1),
+            self._pool.keys[layer][..., :key_dim],
+            self._pool.values[layer][..., : value.shape[-1]],
+            output,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=None if sinks is None else sinks.float().contiguous(),
+        )
+        return output
+
+    def _planned(self, group: int, last_only: bool) -> TiledReads:
+        key = (group, last_only)
+        if key not in self._reads:
+            work = self._last if last_only else self._all
+            assert work is not None, "logits are read of tokens that do not end a chunk"
+            self._reads[key] = plan_tiles(*work, group)
+        return self._reads[key]
+
+
+def _dense_rows(states: Tensor) -> Tensor:
+    return states if states.stride(-1) == 1 else states.contiguous()
