@@ -122,7 +122,9 @@ class _LayerJob:
         self._hide(band, raw)
         if self.sinks is not None:
             raw[..., -1] = self.sinks  # one more key with no value: it only takes its share of the softmax
-        weights = torch.softmax(raw, dim=-1, out=raw)  # in place: half the memory that passes through the cache
+        weights = torch.softmax(
+            raw, dim=-1, out=raw
+        )  # in place: half the memory that passes through the cache
         for read in band.reads:
             self._gather(read, weights[:, read.first - band.first : read.last - band.first])
 

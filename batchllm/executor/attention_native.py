@@ -18,7 +18,9 @@ from batchllm.user_cache import user_cache_folder
 
 def kernels_for(layers: Sequence[LayerKv], dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels, if this model and this machine can use them."""
-    if dtype != torch.bfloat16 or any(layer.key_dim % 2 or layer.value_dim > MAX_VALUE_DIM for layer in layers):
+    if dtype != torch.bfloat16 or any(
+        layer.key_dim % 2 or layer.value_dim > MAX_VALUE_DIM for layer in layers
+    ):
         return None
     found = library(user_cache_folder() / "kernels")
     return None if isinstance(found, str) else found
@@ -31,7 +33,7 @@ class NativeStepAttention:
         self._kernels, self._pool = kernels, pool
         self._writer = KvWriter(pool, batch)
         self._all = (batch.chunks, batch.shared_reads)
-        self._last = batch.last_tokens()
+        self._last = batch.logit_tokens()
         self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
         self._reads: dict[tuple[int, bool], TiledReads] = {}  # by query heads of a KV head, and last_only
 

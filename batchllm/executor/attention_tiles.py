@@ -15,11 +15,16 @@ from numpy.typing import NDArray
 
 from batchllm.executor.step import Chunk, SharedRead
 
-_QUERIES = 128  # of a tile and KV head: enough to make packing a block of keys cheap, few enough to balance threads
+_QUERIES = (
+    128  # of a tile and KV head: enough to make packing a block of keys cheap, few enough to balance threads
+)
 
 
 def plan_tiles(chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], group: int) -> TiledReads:
     """`group`: query heads that share a KV head. Tiles with most work come first."""
+    if not chunks:
+        none = np.zeros(0, dtype=np.int64)
+        return TiledReads(none, none, np.zeros(1, np.int64), np.zeros(1, np.int64), none.reshape(0, 5))
     ordered = tree_order(chunks, shared_reads)
     count = np.array([chunk.count for chunk in ordered])
     first = np.cumsum(count) - count  # row of each chunk's first token

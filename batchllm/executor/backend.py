@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from batchllm.executor.attention_cpu import CpuStepAttention
+from batchllm.executor.attention_native import NativeStepAttention, kernels_for
 from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.kv_memory import KvMemory
 from batchllm.executor.kv_pool import KvPool, LayerKv, bytes_per_token
@@ -31,13 +32,20 @@ class Backend(Protocol):
 
 
 class CpuBackend:
-    """Contiguous extents, and few large calls of torch's own attention."""
+    """Contiguous extents. Attention by our kernel in C where the machine can compile and run it, otherwise by large
+    calls of torch's products."""
+
+    def __init__(self, native: bool = True):
+        self.native = native
 
     def make_pool(self, layers: Sequence[LayerKv], kv_tokens: int, dtype: torch.dtype) -> KvPool:
+        if self.native:
+            kernels_for(layers, dtype)  # compiled now rather than in the first step
         return KvPool(layers, kv_tokens, dtype)
 
     def bytes_per_token(self, layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
         return bytes_per_token(layers, dtype)
 
-    def attention(self, pool: KvPool, batch: StepBatch) -> CpuStepAttention:
-        return CpuStepAttention(pool, batch)
+    def attention(self, pool: KvPool, batch: StepBatch) -> StepAttention:
+        kernels = kernels_for(pool.layers, pool.dtype) if self.native else None
+        return CpuStepAttention(pool, batch) if kernels is None else NativeStepAttention(kernels, pool, batch)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from batchllm.core import PromptTable, RequestTable, SamplingParams
-from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.backend import CpuBackend
+from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.engine import Engine, EngineOptions
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.model import ModelRunner
@@ -115,7 +115,7 @@ class _Enough(Exception):
 class _TimedAttention:
     """`StepAttention` that notes when it is entered and left, and ends the pass after some layers."""
 
-    inner: CpuStepAttention
+    inner: StepAttention
     layers: int
     entered: list[float] = field(default_factory=list)
     left: list[float] = field(default_factory=list)
@@ -134,7 +134,7 @@ class _TimedAttention:
 
 
 def _time_step(model: ModelRunner, pool: KvPool, step: ProbeStep) -> _Timing:
-    attention = _TimedAttention(CpuStepAttention(pool, step.batch), min(_LAYERS, len(model.layers) - 1))
+    attention = _TimedAttention(CpuBackend().attention(pool, step.batch), min(_LAYERS, len(model.layers) - 1))
     started = _clock()
     with suppress(_Enough):
         model.forward(step.batch, attention)

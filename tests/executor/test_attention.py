@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,8 +13,12 @@ from batchllm.executor import attention_bands, attention_plan
 from batchllm.executor.attention_bands import BAND_SCORES, PieceSize, cut_into_bands
 from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, StepReads, plan_reads
-from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.forward_context import StepAttention
+from batchllm.executor.kv_pool import KvPool, LayerKv
+from batchllm.executor.step import StepBatch
 from tests.executor.step_worlds import World, dense_attention, make_world
+
+MakeAttention = Callable[[KvPool, StepBatch], StepAttention]
 
 # (window, softcap, sinks, value dim, query heads a KV head)
 FEATURES = {
@@ -45,10 +49,19 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def largest_error(seed: int, feature: str, dtype: torch.dtype) -> float:
+def largest_error(
+    seed: int,
+    feature: str,
+    dtype: torch.dtype,
+    make: MakeAttention = CpuStepAttention,
+    dim: int = 8,
+    longest: int = 14,
+) -> float:
+    """Of attention over a random tree of nodes up to `longest` tokens, against float64."""
     window, softcap, has_sinks, value_dim, group = FEATURES[feature]
-    kv_heads, dim = 2, 8
-    world = make_world(np.random.default_rng(seed), LayerKv(kv_heads, dim, value_dim), dtype)
+    value_dim += dim - 8
+    kv_heads = 2
+    world = make_world(np.random.default_rng(seed), LayerKv(kv_heads, dim, value_dim), dtype, longest)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -61,15 +74,16 @@ def largest_error(seed: int, feature: str, dtype: torch.dtype) -> float:
     query = normal(kv_heads * group, tokens, dim)
     key, value = normal(kv_heads, tokens, dim), normal(kv_heads, tokens, value_dim)
     sinks = normal(kv_heads * group) if has_sinks else None
-    attention = CpuStepAttention(world.pool, world.batch)
-    options = {"scale": 0.6, "window": window, "softcap": softcap, "sinks": sinks}
+    attention = make(world.pool, world.batch)
+    scale = 0.6 * (8 / dim) ** 0.5
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     ours = attention.attend(0, query, key, value, **options)
     assert ours.dtype == dtype
     assert ours.shape == (tokens, kv_heads * group, value_dim)
     # Keys and values are where the step says: slot by slot, what came in.
     stored = world.pool.keys[0][torch.from_numpy(world.batch.slots), :, :dim]
     assert torch.equal(stored, key.transpose(0, 1))
-    expected = dense_attention(world, query, window, 0.6, softcap, sinks, value_dim)
+    expected = dense_attention(world, query, window, scale, softcap, sinks, value_dim)
     return float((ours.double() - expected).abs().max())
 
 
@@ -145,13 +159,13 @@ def test_tokens_below_a_shared_node_read_it_together() -> None:
 
 
 def test_bands_are_cut_where_lengths_differ() -> None:
-    alike, other = PieceSize(1, 10, 1000), PieceSize(1, 10, 90_000)
+    alike, other = PieceSize(1, 10, 1000), PieceSize(1, 10, 40_000)
     assert cut_into_bands([alike] * 3 + [other] * 2 + [alike], query_heads=16) == [(0, 3), (3, 5), (5, 6)]
 
 
 def test_bands_stay_small_enough_for_a_cache() -> None:
-    pieces = [PieceSize(64, 64, 1000)] * 100
+    pieces = [PieceSize(16, 64, 1000)] * 100
     bands = cut_into_bands(pieces, query_heads=16)
     assert [first for first, _ in bands[1:]] == [last for _, last in bands[:-1]]
-    assert all((last - first) * 64 * 1064 * 16 <= BAND_SCORES for first, last in bands)
+    assert all((last - first) * 16 * 1064 * 16 <= BAND_SCORES for first, last in bands)
     assert len(bands) < 100

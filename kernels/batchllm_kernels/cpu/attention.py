@@ -31,7 +31,10 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("token", "position", "tile_first", "segment_ptr", "segments")),
         *((name, ctypes.c_int64) for name in ("query_token", "query_head", "key_slot", "key_head")),
         *((name, ctypes.c_int64) for name in ("value_slot", "value_head", "output_token", "output_head")),
-        *((name, ctypes.c_int64) for name in ("tiles", "kv_heads", "group", "key_dim", "value_dim", "window")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tiles", "kv_heads", "group", "key_dim", "value_dim", "window")
+        ),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]

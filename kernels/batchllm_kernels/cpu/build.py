@@ -53,7 +53,9 @@ def library(folder: Path) -> ctypes.CDLL | str:
 
 def _compiler() -> str | None:
     wanted = os.environ.get("CC")
-    return next((found for name in (wanted, "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (wanted, "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
+    )
 
 
 def _compile(command: list[str], path: Path) -> None:
