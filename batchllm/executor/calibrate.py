@@ -18,8 +18,8 @@ from torch import Tensor
 
 from batchllm.core import PromptTable, RequestTable, SamplingParams
 from batchllm.executor.backend import CpuBackend
-from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.engine import Engine, EngineOptions
+from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.probe_steps import ProbeStep, probe_steps
