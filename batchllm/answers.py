@@ -58,6 +58,7 @@ def _answer(
         prompt_tokens=_prompt_tokens(request, prompts, requests),
         shared_tokens=int(plan.request_shared[request]),
         logprobs=result.logprobs,
+        top_logprobs=result.top_logprobs,
     )
 
 

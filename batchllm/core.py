@@ -23,13 +23,16 @@ IntArray = NDArray[np.int64]
 TokenArray = NDArray[np.int32]
 
 FinishReason = Literal["stop", "length", "error", "scored"]
+TopLogprobs = tuple[tuple[tuple[int, float], ...], ...]  # [tokens][rank] token id, natural log
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen. `temperature == 0` is greedy decoding.
 
-    Values are validated where they enter (job.py, the Python API), not here.
+    Values are validated where they enter (job.py, the Python API), not here. Logits are changed in this order:
+    penalties, `logit_bias`, tokens ruled out (`allowed_token_ids`, `bad_words`, `min_tokens`, structure); then
+    temperature, top-k, top-p, min-p. Log-probabilities are of the logits before any of it.
     """
 
     max_tokens: int = 16
@@ -43,10 +46,33 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0  # the log-probabilities of so many most probable tokens beside each token
+    best_of: int = 0  # answers computed, of which the `n` with the largest mean log-probability stay; 0: n
+    repetition_penalty: float = (
+        1.0  # of every token of prompt and output: logits divided by it, or times it below 0
+    )
+    frequency_penalty: float = 0.0  # subtracted for every time that a token is in the output
+    presence_penalty: float = 0.0  # subtracted once from every token in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
+    bad_words: tuple[str, ...] = ()  # texts whose tokens never come one after another
+    allowed_token_ids: tuple[int, ...] = ()  # no others come; (): no limit
+    min_tokens: int = 0  # no end before so many
+    include_stop: bool = False  # keep the stop string in the text
+    skip_special_tokens: bool = True  # leave special tokens out of the text
+    choice: tuple[str, ...] = ()  # the answer is one of these texts
+    regex: str = ""  # the answer matches it
+    json_schema: str = ""  # the answer is JSON that satisfies this schema, itself JSON
+    grammar: str = ""  # the answer is derived from this grammar (Lark)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def structure(self) -> str:
+        """The parameter that says which texts the answer may be; "" when it may be any."""
+        kinds = ("choice", "regex", "json_schema", "grammar")
+        return next((kind for kind in kinds if getattr(self, kind)), "")
 
 
 @dataclass(frozen=True)
@@ -157,6 +183,7 @@ class SequenceResult:
     finish_reason: FinishReason
     error: str | None = None
     logprobs: tuple[float, ...] | None = None  # of each token, natural log, when asked for
+    top_logprobs: TopLogprobs | None = None  # of the most probable tokens beside each, when asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,3 +200,4 @@ class RequestResult:
     logprobs: tuple[float, ...] | None = None
     logprob: float | None = None  # of all scored tokens together, where the request is to score
     is_greedy: bool | None = None  # whether greedy decoding gives just these
+    top_logprobs: TopLogprobs | None = None

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.answers import answers_of, error_of, faults_of
-from batchllm.core import Plan, PlanStats, PromptTable, RequestTable, SequenceResult
+from batchllm.candidates import Candidates
+from batchllm.core import Plan, PlanStats, PromptTable, RequestResult, RequestTable, SequenceResult
 from batchllm.dataset.results import ResultStore
 from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
@@ -51,6 +52,7 @@ class Execution:
     placement: Placement
     model: LoadedModel | None  # None: not loaded yet
     past: PastLengths | None  # answers of an earlier run
+    candidates: Candidates  # what is computed for the requests
     distinct_tokens: int = 0  # of the prompts that had no answer yet
     plans: list[PlanStats] = field(default_factory=list)  # one after another, as for the following
     forecasts: list[Forecast | None] = field(default_factory=list)
@@ -60,20 +62,25 @@ class Execution:
     kv_token_bytes: int = 0
     kv_budget_bytes: int = 0
 
+    def add(self, results: Sequence[RequestResult]) -> None:
+        """Answers to candidates: those that settle what is owed are written."""
+        self.store.add(self.candidates.settle(results, self.store.done))
+
 
 def answer_all(run: Execution) -> None:
     """Adds an answer for every request that has none yet."""
-    job, store, prompts, requests = run.job, run.store, run.prompts, run.requests
-    store.add(faults_of(~store.done, prompts, requests))
+    job, store, candidates = run.job, run.store, run.candidates
+    prompts, requests = candidates.prompts, candidates.requests
+    run.add(faults_of(candidates.pending(store.done), prompts, requests))
     if store.done.all():
         return
     from batchllm.executor.budget import too_long
 
     run.model = run.model or load_checked_model(job, run.watch, run.placement)
-    hopeless, reason = too_long(prompts, requests, ~store.done, run.model.kv_tokens)
-    store.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
+    hopeless, reason = too_long(prompts, requests, candidates.pending(store.done), run.model.kv_tokens)
+    run.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"):
-        draft = draft_plan(prompts, requests, ~store.done, plan_options(job))
+        draft = draft_plan(prompts, requests, candidates.pending(store.done), plan_options(job))
         run.distinct_tokens = draft.tree.distinct_tokens
         groups = draft.row_group
         first = _first(draft, job.plan.sample_rows)
@@ -82,7 +89,8 @@ def answer_all(run: Execution) -> None:
         return
     for requested, file in ((first, "plan-sample.parquet"), (~first, "plan.parquet")):
         with run.watch.time("plan"):
-            draft = draft_plan(prompts, requests, requested & ~store.done, plan_options(job, groups))
+            todo = requested & candidates.pending(store.done)
+            draft = draft_plan(prompts, requests, todo, plan_options(job, groups))
         _carry_out(run, draft, _known_lengths(run, groups), file)
 
 
@@ -142,6 +150,7 @@ def _carry_out(run: Execution, draft: PlanDraft, lengths: LengthEstimator, file:
 def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: LengthEstimator) -> None:
     """Runs the plan and writes answers as they come. `expected` is the length of each sequence's output."""
     assert run.model is not None
+    prompts, requests = run.candidates.prompts, run.candidates.requests
     model, kv_tokens = run.model
     from batchllm.executor.budget import engine_options
     from batchllm.executor.engine import Engine
@@ -149,20 +158,20 @@ def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: L
 
     rules = StopRules(end_of_sequence_ids(model.model.generation_config, run.tokenizer), run.tokenizer)
     on_gpu = run.placement.gpu is not None
-    options = engine_options(plan, run.prompts, kv_tokens, run.job.engine.max_step_tokens, gpu=on_gpu)
+    options = engine_options(plan, prompts, kv_tokens, run.job.engine.max_step_tokens, gpu=on_gpu)
     run.forecasts.append(_forecast(run, plan, lengths, options))
-    engine = Engine(model, plan, run.prompts, run.requests, rules, options, lengths)
+    engine = Engine(model, plan, prompts, requests, rules, options, lengths)
     run.engines.append(engine.stats)
     run.kv_token_bytes = model.backend.bytes_per_token(model.layers, model.dtype)
     run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
-    done = int(run.store.done.sum())
-    with run.watch.time("run"), run.progress.stage("running", len(run.requests), done) as stage:
+    done = len(requests) - int(run.candidates.pending(run.store.done).sum())
+    with run.watch.time("run"), run.progress.stage("running", len(requests), done) as stage:
         for finished in engine.run():
-            answers = answers_of(finished, plan, run.prompts, run.requests)
+            answers = answers_of(finished, plan, prompts, requests)
             done += len(answers)
             _compare_lengths(run.planned_lengths, expected, finished)
             with run.watch.time("write"):
-                run.store.add(answers)
+                run.add(answers)
             _show(stage, done, engine, options.kv_tokens, plan.stats)
 
 
@@ -183,7 +192,9 @@ def _forecast(
     with run.watch.time("plan"):
         try:
             model_fingerprint = fingerprint(run.job.model.path, run.job.model.quantize)
-            return forecast_run(run.model.model, model_fingerprint, plan, run.prompts, lengths, options)
+            return forecast_run(
+                run.model.model, model_fingerprint, plan, run.candidates.prompts, lengths, options
+            )
         except Exception as error:
             run.progress.note(f"no prediction of time and memory: {error or type(error).__name__}")
             return None

@@ -10,17 +10,23 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from batchllm.core import SamplingParams
 from batchllm.job_errors import HIDDEN, complaint, first_error, key_path
+from batchllm.job_params import contradiction
 from batchllm.job_values import (
     Bytes,
     Count,
     CountOrAuto,
     CountOrNone,
+    Factor,
     Flag,
+    JsonSchema,
     KeptColumns,
     Limit,
+    LogitBias,
     MinP,
     OneWorker,
     PathText,
+    Pattern,
+    Penalty,
     Reorder,
     Seconds,
     Seed,
@@ -28,6 +34,8 @@ from batchllm.job_values import (
     StopTokens,
     Temperature,
     Text,
+    Texts,
+    TopLogprobs,
     TopP,
 )
 
@@ -58,12 +66,25 @@ def _value_or_column(value: object) -> str:
     return HIDDEN + ("column" if isinstance(value, Mapping | ColumnRef) else "value")
 
 
+def _mapping_or_column(value: object) -> str:
+    return HIDDEN + ("column" if _is_column(value) else "value")
+
+
+def _is_column(value: object) -> bool:
+    return isinstance(value, ColumnRef) or (isinstance(value, Mapping) and list(value) == ["column"])
+
+
 T = TypeVar("T")
 
 OrColumn = Annotated[
     Annotated[T, Tag(HIDDEN + "value")] | Annotated[ColumnRef, Tag(HIDDEN + "column")],
     Discriminator(_value_or_column),
 ]
+MappingOrColumn = Annotated[
+    Annotated[T, Tag(HIDDEN + "value")] | Annotated[ColumnRef, Tag(HIDDEN + "column")],
+    Discriminator(_mapping_or_column),
+]
+_MAPPINGS = frozenset({"logit_bias", "json_schema"})
 
 
 class ModelSpec(Section):
@@ -121,6 +142,30 @@ class GenerateSpec(Section):
     stop_token_ids: OrColumn[StopTokens] = ()
     ignore_eos: OrColumn[Flag] = False
     logprobs: OrColumn[Flag] = False
+    top_logprobs: OrColumn[TopLogprobs] = 0
+    best_of: OrColumn[CountOrNone] = 0
+    repetition_penalty: OrColumn[Factor] = 1.0
+    frequency_penalty: OrColumn[Penalty] = 0.0
+    presence_penalty: OrColumn[Penalty] = 0.0
+    logit_bias: MappingOrColumn[LogitBias] = ()
+    bad_words: OrColumn[Texts] = ()
+    allowed_token_ids: OrColumn[StopTokens] = ()
+    min_tokens: OrColumn[CountOrNone] = 0
+    include_stop: OrColumn[Flag] = False
+    skip_special_tokens: OrColumn[Flag] = True
+    choice: OrColumn[Texts] = ()
+    regex: OrColumn[Pattern] = ""
+    json_schema: MappingOrColumn[JsonSchema] = ""
+    grammar: OrColumn[Pattern] = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerateSpec:
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        own = {name: value for name, value in values.items() if not isinstance(value, ColumnRef)}
+        found = contradiction(SamplingParams(**own)) if len(own) == len(values) else None
+        if found is not None:
+            raise ValueError(" ".join(("has", *found)))
+        return self
 
     @property
     def columns(self) -> dict[str, str]:
@@ -128,10 +173,13 @@ class GenerateSpec(Section):
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: value.column for name, value in values.items() if isinstance(value, ColumnRef)}
 
-    def params(self, row_values: Mapping[str, object]) -> SamplingParams:
-        """The parameters of a row, given a value for every parameter in `columns`. Raises InvalidParam."""
+    def params(self, row_values: Mapping[str, object], check: bool = True) -> SamplingParams:
+        """The parameters of a row, given a value for every parameter in `columns`. Raises InvalidParam.
+
+        Without `check` values may contradict each other.
+        """
         values = {name: getattr(self, name) for name in type(self).model_fields} | dict(row_values)
-        return SamplingParams(**valid_params(values))
+        return SamplingParams(**(valid_params(values) if check else values))
 
 
 class ScoreSpec(Section):
@@ -193,11 +241,13 @@ class PlanSpec(Section):
 
 def valid_params(values: Mapping[str, object]) -> dict[str, Any]:
     for name, value in values.items():
-        if isinstance(value, Mapping | ColumnRef):
+        if _is_column(value) or (isinstance(value, Mapping) and name not in _MAPPINGS):
             raise InvalidParam(name, "must be a value, found a mapping")
     try:
         spec = GenerateSpec.model_validate(dict(values))
     except ValidationError as failure:
         error = first_error(failure.errors(include_url=False))
+        if not error["loc"]:  # of values that do not go together
+            raise InvalidParam(*complaint(error).removeprefix("has ").split(" ", 1)) from None
         raise InvalidParam(key_path(error["loc"]), complaint(error)) from None
     return {name: getattr(spec, name) for name in values}

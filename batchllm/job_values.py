@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -65,6 +68,52 @@ def _stop_strings(value: object) -> object:
     return tuple(strings)
 
 
+def _texts(value: object) -> object:
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"must be a list of texts, found {describe(value)}")
+    if "" in value:
+        raise ValueError("must not contain an empty text")
+    return tuple(value)
+
+
+def _logit_bias(value: object) -> object:
+    """A mapping from token id to number, or pairs of these; in JSON keys are text."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
+        raise ValueError(f"must be a mapping from token id to a number, found {describe(value)}")
+    found: dict[int, float] = {}
+    for token, bias in pairs:
+        is_id = isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= _MAX_INT32
+        if isinstance(token, str) and token.isdecimal():
+            token, is_id = int(token), True
+        if not is_id:
+            raise ValueError(f"must have token ids as keys, found {describe(token)}")
+        if not isinstance(bias, int | float) or isinstance(bias, bool) or not math.isfinite(bias):
+            raise ValueError(f"must have a number for token {token}, found {describe(bias)}")
+        found[token] = float(bias)
+    return tuple(sorted(found.items()))
+
+
+def _json_schema(value: object) -> object:
+    """A schema as a mapping, true or false, or as JSON text → JSON text."""
+    if value == "":
+        return value
+    schema = value
+    if isinstance(value, str):
+        try:
+            schema = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"must be a JSON schema, found text that is not JSON: {error}") from None
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError(f"must be a JSON schema, which is a mapping, found {describe(schema)}")
+    try:
+        return json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"must be a JSON schema: {error}") from None
+
+
 def _kept_columns(value: object) -> object:
     if value == "all":
         return value
@@ -99,6 +148,13 @@ MinP = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=_MAX_INT64)]
 StopStrings = Annotated[tuple[str, ...], BeforeValidator(_stop_strings)]
 StopTokens = tuple[CountOrNone, ...]
+TopLogprobs = Annotated[int, Field(strict=True, ge=0, le=100)]
+Factor = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+LogitBias = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+Pattern = Annotated[str, Field(strict=True)]
+JsonSchema = Annotated[str, BeforeValidator(_json_schema)]
 KeptColumns = Annotated[tuple[str, ...] | Literal["all"], BeforeValidator(_kept_columns)]
 Reorder = Annotated[str | tuple[str, ...], BeforeValidator(_reorder)]
 Bytes = Annotated[int | Literal["auto"], BeforeValidator(_bytes_or_auto)]

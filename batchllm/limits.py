@@ -39,6 +39,21 @@ def refuse_unknown_tokens(prompts: PromptTable, vocabulary: int | None) -> Promp
     return replace(prompts, faults={**faults, **prompts.faults})
 
 
+def refuse_unknown_params(prompts: PromptTable, vocabulary: int | None) -> PromptTable:
+    """Adds a fault for every row whose parameters name a token id that the model does not have."""
+    if not vocabulary:
+        return prompts
+    faults: dict[int, str] = {}
+    for index, params in enumerate(prompts.params):
+        named = {"logit_bias": [token for token, _ in params.logit_bias]}
+        named["allowed_token_ids"] = list(params.allowed_token_ids)
+        for key, tokens in named.items():
+            if max(tokens, default=-1) >= vocabulary:
+                reason = f"generate.{key} names token {max(tokens):,}; the model knows {vocabulary:,} tokens"
+                faults |= dict.fromkeys(np.flatnonzero(prompts.params_of == index).tolist(), reason)
+    return replace(prompts, faults={**faults, **prompts.faults}) if faults else prompts
+
+
 def longest_sequence(prompts: PromptTable) -> int:
     """Most tokens (prompt and max_tokens) that any row without a fault can come to; 0 when there is none."""
     if not prompts.num_rows:

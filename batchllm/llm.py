@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from batchllm import core
+from batchllm.candidates import Candidates
 from batchllm.core import PromptTable, RequestResult, RequestTable
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import prompts_from_list
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.device import choose_device, this_machine
 from batchllm.executor.gate import check_lengths
+from batchllm.executor.grammars import refuse_impossible_structures
 from batchllm.executor.model import load_model
 from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
@@ -29,7 +31,12 @@ from batchllm.executor.quantize import check_quantization, quantize_model
 from batchllm.executor.trace import StepTrace
 from batchllm.job import check_params
 from batchllm.job_values import parse_bytes
-from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
+from batchllm.limits import (
+    longest_sequence,
+    refuse_long_prompts,
+    refuse_unknown_params,
+    refuse_unknown_tokens,
+)
 from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
 from batchllm.scoring import Score, TokenSpan, encode_all, mixed_table, pair_spans, windows
@@ -52,6 +59,7 @@ class CompletionOutput:
     token_ids: tuple[int, ...]
     finish_reason: str  # stop, length or error
     logprobs: tuple[float, ...] | None = None  # of each token, when asked for
+    top_logprobs: core.TopLogprobs | None = None  # of the most probable tokens beside each
     error: str | None = None
 
 
@@ -78,10 +86,26 @@ def SamplingParams(
     stop_token_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | bool | None = None,
+    best_of: int | None = None,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    bad_words: Sequence[str] | None = None,
+    allowed_token_ids: Sequence[int] | None = None,
+    min_tokens: int = 0,
+    include_stop_str_in_output: bool = False,
+    skip_special_tokens: bool = True,
+    choice: Sequence[str] | None = None,
+    regex: str | None = None,
+    json_schema: str | Mapping[str, Any] | None = None,
+    grammar: str | None = None,
 ) -> core.SamplingParams:
     """How tokens are chosen, with vLLM's names and defaults (temperature 1.0, 16 tokens). Raises JobError.
 
-    `top_k` 0 or -1: no limit. `logprobs`: anything but None or False gives the log-probability of each token.
+    `top_k` 0 or -1: no limit. `logprobs`: anything but None or False gives the log-probability of each token, and a
+    number above 0 those of so many most probable tokens beside it. At most one of `choice`, `regex`, `json_schema` and
+    `grammar` says which texts the answer may be.
     """
     return check_params(
         core.SamplingParams(
@@ -96,6 +120,21 @@ def SamplingParams(
             stop_token_ids=tuple(stop_token_ids or ()),
             ignore_eos=ignore_eos,
             logprobs=logprobs is not None and logprobs is not False,
+            top_logprobs=0 if logprobs is None else int(logprobs) if logprobs is not True else 0,
+            best_of=best_of or 0,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            logit_bias=dict(logit_bias or {}),  # type: ignore[arg-type]
+            bad_words=tuple(bad_words or ()),
+            allowed_token_ids=tuple(allowed_token_ids or ()),
+            min_tokens=min_tokens,
+            include_stop=include_stop_str_in_output,
+            skip_special_tokens=skip_special_tokens,
+            choice=tuple(choice or ()),
+            regex=regex or "",
+            json_schema="" if json_schema is None else json_schema,  # type: ignore[arg-type]
+            grammar=grammar or "",
         )
     )
 
@@ -252,17 +291,26 @@ class LLM:
     def _answer(self, many: list[Any], table: PromptTable, use_tqdm: bool) -> list[RequestOutput]:
         prompts = refuse_long_prompts(table, self._model.max_length)
         prompts = refuse_unknown_tokens(prompts, self._model.text_config.vocab_size)
+        prompts = refuse_unknown_params(prompts, self._model.text_config.vocab_size)
+        self._check_needs_no_tokenizer(prompts)
+        prompts = refuse_impossible_structures(prompts, self._tokenizer, self._model.text_config.vocab_size)
         check_lengths(self._model.limit, longest_sequence(prompts), self._model.model_type)
         requests = make_requests(prompts, None, b"")
+        candidates = Candidates(prompts, requests, None, b"")
+        none = np.zeros(len(requests), dtype=bool)
         answers: list[RequestResult | None] = [None] * len(requests)
         with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
-            run = TableRun(
-                self._model, self._tokenizer, prompts, requests, self._run_options, trace=self.trace
-            )
-            for answer in run.results():
-                answers[answer.request] = answer
-                stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
+            tables = (candidates.prompts, candidates.requests)
+            run = TableRun(self._model, self._tokenizer, *tables, self._run_options, trace=self.trace)
+            for found in run.results():
+                for answer in candidates.settle([found], none):
+                    answers[answer.request] = answer
+                    stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
         return _outputs(many, prompts, requests, answers)
+
+    def _check_needs_no_tokenizer(self, prompts: PromptTable) -> None:
+        if self._tokenizer is None and any(params.bad_words or params.structure for params in prompts.params):
+            raise ValueError("bad_words, choice, regex, json_schema and grammar need a tokenizer")
 
 
 def _outputs(
@@ -298,6 +346,7 @@ def _completion(answer: RequestResult, index: int) -> CompletionOutput:
         token_ids=answer.output_tokens,
         finish_reason=answer.finish_reason,
         logprobs=answer.logprobs,
+        top_logprobs=answer.top_logprobs,
         error=answer.error,
     )
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchllm.candidates import Candidates
+from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.parts import parquet_files
@@ -15,11 +17,17 @@ from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.execution import Execution, answer_all, load_checked_model
 from batchllm.executor.gate import check_lengths
+from batchllm.executor.grammars import refuse_impossible_structures
 from batchllm.executor.model_folder import check_model_folder, fingerprint
 from batchllm.forecast import combined_figures
 from batchllm.history import past_lengths
 from batchllm.job import JobSpec
-from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
+from batchllm.limits import (
+    longest_sequence,
+    refuse_long_prompts,
+    refuse_unknown_params,
+    refuse_unknown_tokens,
+)
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
@@ -72,6 +80,8 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             rows = load_rows(job, data, tokenizer, claim.work_dir, stage)
         prompts = refuse_long_prompts(rows.prompts, _text_size(config, "max_position_embeddings"))
         prompts = refuse_unknown_tokens(prompts, _text_size(config, "vocab_size"))
+        prompts = refuse_unknown_params(prompts, _text_size(config, "vocab_size"))
+        prompts = refuse_impossible_structures(prompts, tokenizer, _text_size(config, "vocab_size") or 0)
         check_lengths(limit, longest_sequence(prompts), config.model_type)
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         configuration = _configuration(job)
@@ -81,13 +91,17 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
         is_new = overwrite or not parquet_files(job.output.path)
         is_needed = is_new and len(prompts.faults) < prompts.num_rows
         model = load_checked_model(job, watch, placement) if is_needed else None
+        candidates = Candidates(prompts, requests, rows.ids, configuration)
         with ResultStore.open(
             job.output.path,
             identity,
             requests,
             rows.kept,
             configuration=configuration,
-            logprobs=any(params.logprobs for params in prompts.params),
+            logprobs=Logprobs(
+                any(params.logprobs for params in prompts.params),
+                any(params.top_logprobs for params in prompts.params),
+            ),
             fault_rows=prompts.faults.keys(),
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,
@@ -95,7 +109,9 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             overwrite=overwrite,
             claim=claim,
         ) as store:
-            run = Execution(job, tokenizer, progress, watch, prompts, requests, store, placement, model, past)
+            run = Execution(
+                job, tokenizer, progress, watch, prompts, requests, store, placement, model, past, candidates
+            )
             interrupted = _answer_and_finish(run)
             return _summary(run, rows.reordering_saves, interrupted)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from batchllm.answers import faults_of
 from batchllm.core import RequestResult, RequestTable
+from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.reader import open_input
@@ -61,7 +62,7 @@ def run_score_job(
             requests,
             rows.kept,
             configuration=configuration,
-            logprobs=job.score.token_logprobs,
+            logprobs=Logprobs(job.score.token_logprobs),
             scores=True,
             fault_rows=rows.prompts.faults.keys(),
             part_rows=job.output.part_rows,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from batchllm.core import IntArray, RequestResult, RequestTable
+from batchllm.core import IntArray, RequestResult, RequestTable, TopLogprobs
 from batchllm.errors import JobError
 
 _ANSWER_FIELDS = (
@@ -21,14 +22,26 @@ _ANSWER_FIELDS = (
 )
 _LOGPROBS = pa.field("logprobs", pa.list_(pa.float32()))
 _SCORES = (pa.field("logprob", pa.float64()), pa.field("is_greedy", pa.bool_()))
+_TOP = pa.struct([pa.field("token", pa.int32()), pa.field("logprob", pa.float32())])
+_TOP_LOGPROBS = pa.field("top_logprobs", pa.list_(pa.list_(_TOP)))
 _SAMPLE = pa.field("sample", pa.int32())
 
 
+class Logprobs(NamedTuple):
+    """Which columns of log-probabilities a run adds."""
+
+    of_tokens: bool = False
+    of_others: bool = False  # of the most probable tokens beside each
+
+
+NO_LOGPROBS = Logprobs()
+
+
 def check_kept_names(
-    names: Iterable[str], has_samples: bool, has_logprobs: bool, has_scores: bool = False
+    names: Iterable[str], has_samples: bool, logprobs: Logprobs, has_scores: bool = False
 ) -> None:
     """Refuses kept columns that would stand beside a column of ours with the same name."""
-    ours = {field.name for field in _added_fields(has_samples, has_logprobs, has_scores)}
+    ours = {field.name for field in _added_fields(has_samples, logprobs, has_scores)}
     seen: set[str] = set()
     for name in names:
         if name in ours:
@@ -76,7 +89,9 @@ class RowReader:
 class Columns:
     """What the parts of one run look like, and where the values of the kept columns come from."""
 
-    def __init__(self, requests: RequestTable, kept: pa.Table, logprobs: bool, scores: bool = False) -> None:
+    def __init__(
+        self, requests: RequestTable, kept: pa.Table, logprobs: Logprobs, scores: bool = False
+    ) -> None:
         self.requests = requests
         self.has_samples = bool(len(requests) and requests.sample.max() > 0)
         check_kept_names(kept.column_names, self.has_samples, logprobs, scores)
@@ -107,6 +122,7 @@ class Columns:
             "logprobs": [r.logprobs for r in results],
             "logprob": [r.logprob for r in results],
             "is_greedy": [r.is_greedy for r in results],
+            "top_logprobs": [_top_values(r.top_logprobs) for r in results],
         }
         arrays = [pa.array(values[field.name], field.type) for field in self.answers]
         return pa.table(arrays, schema=self.answers)
@@ -119,13 +135,15 @@ class Columns:
         return table.select(self.answers.names).cast(self.answers)
 
 
-def _added_fields(has_samples: bool, has_logprobs: bool, has_scores: bool = False) -> list[pa.Field]:
-    return [
-        *([_SAMPLE] if has_samples else []),
-        *_ANSWER_FIELDS,
-        *([_LOGPROBS] if has_logprobs else []),
-        *(_SCORES if has_scores else ()),
-    ]
+def _added_fields(has_samples: bool, logprobs: Logprobs, has_scores: bool = False) -> list[pa.Field]:
+    shown = [*([_LOGPROBS] if logprobs.of_tokens else []), *([_TOP_LOGPROBS] if logprobs.of_others else [])]
+    return [*([_SAMPLE] if has_samples else []), *_ANSWER_FIELDS, *shown, *(_SCORES if has_scores else ())]
+
+
+def _top_values(top: TopLogprobs | None) -> list[list[dict[str, float]]] | None:
+    if top is None:
+        return None
+    return [[{"token": token, "logprob": value} for token, value in beside] for beside in top]
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 
 import numpy as np
@@ -27,6 +28,10 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
 from batchllm.core import IntArray, PromptTable, RequestTable, SamplingParams
+
+_DEFAULTS = asdict(SamplingParams())
+_EARLIER = "max_tokens temperature top_p top_k min_p n seed stop stop_token_ids ignore_eos logprobs".split()
+_LATER = sorted(set(_DEFAULTS) - set(_EARLIER))
 
 KeyArray = NDArray[np.uint64]  # [n, 2]
 Digest = Callable[[bytes], bytes]  # 16 bytes
@@ -77,7 +82,9 @@ def sampling_identity(params: SamplingParams) -> bytes:
         "ignore_eos": params.ignore_eos,
         "logprobs": params.logprobs,
     }
-    return json.dumps(fields).encode()
+    # Parameters that came later count where they are used, so answers from before they existed stay.
+    later = {name: getattr(params, name) for name in _LATER if getattr(params, name) != _DEFAULTS[name]}
+    return json.dumps(fields | later).encode()
 
 
 def rank_among_equals(keys: KeyArray) -> IntArray:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm.core import PromptTable, SamplingParams
-from batchllm.dataset.columns import check_kept_names
+from batchllm.dataset.columns import Logprobs, check_kept_names
 from batchllm.dataset.encode import Tokenized, tokenize
 from batchllm.dataset.params import RowParams
 from batchllm.dataset.prompts import Prompt, PromptPlan, PromptRenderer
@@ -67,7 +67,9 @@ def validate_columns(job: JobSpec, schema: pa.Schema) -> None:
             raise JobError(f"{job.source}: {key}: there is no column `{name}`; {hint}")
     has_samples = job.generate.n != 1
     try:
-        check_kept_names(_kept_columns(job, schema), has_samples, job.generate.logprobs is not False)
+        generate = job.generate
+        shown = Logprobs(generate.logprobs is not False, generate.top_logprobs != 0)
+        check_kept_names(_kept_columns(job, schema), has_samples, shown)
     except JobError as error:
         raise JobError(f"{job.source}: {error}") from None
     PromptPlan(job.prompt, schema, job.source)

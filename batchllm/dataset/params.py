@@ -12,7 +12,11 @@ from batchllm.dataset.rows import RowFault
 from batchllm.dataset.values import python_values
 from batchllm.job import GenerateSpec, InvalidParam
 
-_WHOLE = frozenset({"max_tokens", "top_k", "n", "seed"})
+_WHOLE = frozenset({"max_tokens", "top_k", "n", "seed", "top_logprobs", "best_of", "min_tokens"})
+_TEXT = frozenset({"stop", "regex", "json_schema", "grammar"})
+_NULLABLE = frozenset(
+    "stop logit_bias bad_words allowed_token_ids choice regex json_schema grammar".split()
+)  # null: none
 
 
 class RowParams:
@@ -23,7 +27,7 @@ class RowParams:
         self._names = tuple(generate.columns)
         self.columns = tuple(generate.columns.values())
         defaults = GenerateSpec()
-        base = generate.params({name: getattr(defaults, name) for name in self._names})
+        base = generate.params({name: getattr(defaults, name) for name in self._names}, check=False)
         self._index_of: dict[SamplingParams, int] = {base: 0}
         self._seen: dict[str, int | RowFault] = {}
 
@@ -35,7 +39,8 @@ class RowParams:
         """For each row the index of its parameters, or what is wrong with them."""
         if not self.columns:
             return [0] * batch.num_rows
-        values = [python_values(batch.column(name), name) for name in self.columns]
+        columns = self._generate.columns.items()
+        values = [python_values(batch.column(name), name, key in _NULLABLE) for key, name in columns]
         return [self._index(row) for row in zip(*values)]
 
     def _index(self, row: tuple[object, ...]) -> int | RowFault:
@@ -52,14 +57,14 @@ class RowParams:
             values = {name: _plain(name, value) for name, value in zip(self._names, row)}
             params = self._generate.params(values)
         except InvalidParam as error:
-            column = self._generate.columns[error.parameter.partition("[")[0]]
-            return RowFault(f"column `{column}`: {error}")
+            column = self._generate.columns.get(error.parameter.partition("[")[0])
+            return RowFault(f"column `{column}`: {error}" if column else f"generate.{error}")
         return self._index_of.setdefault(params, len(self._index_of))
 
 
 def _plain(parameter: str, value: object) -> object:
     """Numbers as columns hold them: a fraction that is whole, a decimal, or, in a CSV file, text."""
-    if parameter == "stop":
+    if parameter in _TEXT or value is None:
         return value
     if isinstance(value, str):
         try:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from batchllm.dataset.chat_args import ChatArgs
 from batchllm.dataset.messages import clean_messages, parse_messages
 from batchllm.dataset.reorder import FreePart
 from batchllm.dataset.rows import RowFault
@@ -18,7 +19,6 @@ from batchllm.planner.field_order import FieldOrder
 from batchllm.suggest import column_hint
 
 Values = dict[str, object]
-_FIXED_ARGS = ("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length")
 
 
 class Prompt(NamedTuple):
@@ -32,7 +32,6 @@ class PromptRenderer:
     def __init__(self, prompt: PromptSpec, tokenizer: Any, schema: pa.Schema, source: str = "job") -> None:
         self._plan = PromptPlan(prompt, schema, source)
         self._tokenizer = tokenizer
-        self._template_args = {"add_generation_prompt": True, **prompt.template_args, "tokenize": False}
         has_template = getattr(tokenizer, "chat_template", None) or prompt.template_args.get("chat_template")
         self._no_chat = None if has_template else RowFault("the model's tokenizer has no chat template")
         if self._plan.is_chat and self._no_chat:
@@ -61,23 +60,28 @@ class PromptRenderer:
         return self.free.arranged(values, positions)
 
     def _prompt(self, values: Values | RowFault) -> Prompt | RowFault:
-        content = values if isinstance(values, RowFault) else self._plan.content(values)
+        if isinstance(values, RowFault):
+            return values
+        content = self._plan.content(values)
         if isinstance(content, RowFault):
             return content
         is_chat = isinstance(content, list)
-        text = self._chat(content) if isinstance(content, list) else content
+        text = self._chat(content, values) if isinstance(content, list) else content
         if isinstance(text, RowFault):
             return text
         return Prompt(text, not is_chat) if text else RowFault("the prompt is empty")
 
-    def _chat(self, messages: list[Any]) -> str | RowFault:
+    def _chat(self, messages: list[Any], values: Values) -> str | RowFault:
         if self._no_chat:
             return self._no_chat
         cleaned = clean_messages(messages)
         if isinstance(cleaned, RowFault):
             return cleaned
+        args = self._plan.chat_args.of(values)
+        if isinstance(args, RowFault):
+            return args
         try:
-            return str(self._tokenizer.apply_chat_template(cleaned, **self._template_args))
+            return str(self._tokenizer.apply_chat_template(cleaned, **args))
         except Exception as error:  # a chat template refuses what it does not like, each in its own way
             return RowFault(f"chat template: {error or type(error).__name__}")
 
@@ -86,9 +90,7 @@ class PromptPlan:
     """What a `prompt` section reads and makes of a row: a text, or a conversation. Knows no tokenizer."""
 
     def __init__(self, prompt: PromptSpec, schema: pa.Schema, source: str) -> None:
-        fixed = next((name for name in _FIXED_ARGS if name in prompt.template_args), None)
-        if fixed is not None:
-            raise JobError(f"{source}: prompt.template_args.{fixed} cannot be set; remove it")
+        self.chat_args = ChatArgs(prompt.template_args, schema.names, source)
         self._column = prompt.column
         self._roles: list[str] | None = None
         self._templates: list[RowTemplate] = []
@@ -96,8 +98,8 @@ class PromptPlan:
         self.is_chat = prompt.messages is not None
         if prompt.column is not None:
             self.is_chat = _is_conversation(prompt.column, schema, f"{source}: prompt.column")
-            self.columns: tuple[str, ...] = (prompt.column,)
-            self._nullable: frozenset[str] = frozenset()
+            self.columns: tuple[str, ...] = tuple(sorted({prompt.column} | self.chat_args.columns))
+            self._nullable: frozenset[str] = frozenset(self.chat_args.columns - {prompt.column})
             return
         names: list[str] = schema.names
         if prompt.reorder is not None:
@@ -115,8 +117,8 @@ class PromptPlan:
         if self.free is not None:
             self.free.find_in(self._templates)
             used = (used - {self.free.name}) | set(self.free.columns)
-        self.columns = tuple(sorted(used))
-        self._nullable = _nullable(self._templates)
+        self.columns = tuple(sorted(used | self.chat_args.columns))
+        self._nullable = _nullable(self._templates) | (self.chat_args.columns - used)
 
     def columns_in_order(self) -> list[str]:
         """The columns of the templates as they are first shown."""

@@ -27,7 +27,7 @@ from xxhash import xxh3_128_hexdigest
 
 from batchllm.core import IntArray, RequestResult, RequestTable
 from batchllm.dataset.claim import Claim, claim_output
-from batchllm.dataset.columns import Columns, RowReader
+from batchllm.dataset.columns import NO_LOGPROBS, Columns, Logprobs, RowReader
 from batchllm.dataset.finish import (
     DamagedPart,
     complete_commit,
@@ -85,7 +85,7 @@ class ResultStore:
         kept: pa.Table,
         *,
         configuration: bytes = b"",
-        logprobs: bool = False,
+        logprobs: Logprobs = NO_LOGPROBS,
         scores: bool = False,
         fault_rows: Collection[int] = (),
         part_rows: int = 50_000,

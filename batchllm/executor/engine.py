@@ -9,16 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchllm.core import Plan, PromptTable, RequestTable, SequenceResult
+from batchllm.core import FinishReason, Plan, PromptTable, RequestTable, SequenceResult
 from batchllm.executor.backend import Backend
 from batchllm.executor.forward_context import StepAttention
+from batchllm.executor.grammars import load_vocabulary
+from batchllm.executor.logit_rules import LogitRules
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.running import Running
-from batchllm.executor.sampler import choose_tokens, token_logprobs
+from batchllm.executor.sampler import choose_tokens, note_top_logprobs, token_logprobs
 from batchllm.executor.scheduler import Scheduler
 from batchllm.executor.scores import ScoreStore, slice_rows
 from batchllm.executor.step import UNREAD, Sample, StepBatch, StepScores
 from batchllm.executor.stopping import StopRules
+from batchllm.executor.structure import StructureMasks
 from batchllm.executor.trace import StepTrace
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.score_reads import ScoreReads
@@ -81,6 +84,13 @@ class Engine:
         first_request = plan.request[plan.request_ptr[:-1]]
         self._keys = requests.key[first_request]  # [sequences, 2]
         self._kept_logits: dict[int, Tensor] = {}
+        tokenizer, eos_ids = stop_rules.tokenizer, stop_rules.eos_ids
+        self.rules = LogitRules(plan, prompts, eos_ids, tokenizer)
+        self.structures: StructureMasks | None = None
+        if any(params.structure for params in prompts.params):
+            size = model.text_config.vocab_size
+            self.structures = StructureMasks(load_vocabulary(tokenizer, size, sorted(eos_ids)), size)
+        self._dead_ends: set[int] = set()  # sequences for which no token is allowed
 
     def run(self) -> Iterator[list[SequenceResult]]:
         self._lap("other")
@@ -153,10 +163,24 @@ class Engine:
         params = [run.params for run in running]
         indices = np.array([len(run.output) for run in running], dtype=np.int64)
         keys = self._keys[[run.sequence for run in running]]
-        tokens = choose_tokens(rows, params, keys, indices)
+        ruled = self._ruled(rows, running)
+        tokens = choose_tokens(ruled, params, keys, indices)
+        if self.structures is not None:
+            self.structures.advance(running, tokens)
         self._forget_logits()
+        note_top_logprobs(rows, running)
         wanted = any(chosen.logprobs for chosen in params)
         return tokens, token_logprobs(rows, tokens) if wanted else None
+
+    def _ruled(self, rows: Tensor, running: list[Running]) -> Tensor:
+        """The logits [n, V] that tokens are chosen from."""
+        ruled = self.rules.apply(rows, running)
+        if self.structures is not None:
+            ruled = self.structures.apply(ruled, running)
+        if ruled is not rows:
+            for row in torch.isneginf(ruled.amax(dim=-1)).nonzero().flatten().tolist():
+                self._dead_ends.add(running[row].sequence)
+        return ruled
 
     def _logits_of(self, sample: Sample, logits: Tensor) -> Tensor:
         return logits[sample.logit_row] if sample.logit_row >= 0 else self._kept_logits[sample.node]
@@ -165,21 +189,53 @@ class Engine:
         for node in [node for node in self._kept_logits if not self.scheduler.keeps_logits(node)]:
             del self._kept_logits[node]
 
+    def _finish_reason(self, run: Running) -> FinishReason | None:
+        if run.sequence in self._dead_ends:
+            return "error"
+        if self.structures is not None and self.structures.is_complete(run):
+            return "stop"
+        return self.stop_rules.finish_reason(run.output, run.limit, run.params)
+
     def _has_ended(self, run: Running) -> bool:
-        return self.stop_rules.finish_reason(run.output, run.limit, run.params) is not None
+        return self._finish_reason(run) is not None
 
     def _result(self, run: Running) -> SequenceResult:
-        reason = self.stop_rules.finish_reason(run.output, run.limit, run.params)
+        reason = self._finish_reason(run)
         assert reason is not None
         if self.scheduler.is_scored(run.sequence):
             return SequenceResult(run.sequence, (), "", "length")
+        text = self.stop_rules.text(run.output, run.params)
+        error = self._problem(run, reason, text)
+        self.rules.forget(run.sequence)
+        if self.structures is not None:
+            self.structures.forget(run.sequence)
+        if error is not None:
+            return SequenceResult(run.sequence, (), "", "error", error=error)
         return SequenceResult(
             sequence=run.sequence,
             tokens=tuple(run.output),
-            text=self.stop_rules.text(run.output, run.params),
+            text=text,
             finish_reason=reason,
             logprobs=tuple(run.logprobs) if run.params.logprobs else None,
+            top_logprobs=tuple(run.top_logprobs) if run.params.top_logprobs else None,
         )
+
+    def _problem(self, run: Running, reason: FinishReason, text: str) -> str | None:
+        """Why what has been written is no answer."""
+        if reason == "error":
+            return f"after {len(run.output) - 1} tokens no token is allowed by the row's parameters"
+        kind = run.params.structure
+        if not kind or self.structures is None:
+            return None
+        if reason == "length":
+            if self.structures.is_valid(run):
+                return None
+            return (
+                f"{run.limit:,} tokens were not enough for an answer that satisfies {kind}; raise max_tokens"
+            )
+        if not self.structures.is_valid(run) or self.stop_rules.was_cut(run.output, run.params, text):
+            return f"a stop string or token came before an answer that satisfies {kind}; remove it"
+        return None
 
     def _take_failed(self) -> list[SequenceResult]:
         failed = [

@@ -21,6 +21,7 @@ class Running:
     limit: int  # most output tokens
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prefilling: bool = False  # known tokens of the leaf still wait to be computed
 
     @property

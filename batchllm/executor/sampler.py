@@ -18,6 +18,7 @@ from torch import Tensor
 
 from batchllm.core import SamplingParams
 from batchllm.executor.random_numbers import draw_words, gumbel_noise
+from batchllm.executor.running import Running
 
 _CANDIDATES = 256  # limits are first sought among so many of the largest logits
 _CHUNK = 2**18  # scores made at once, so that they stay in the cache
@@ -53,6 +54,20 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.int64]) -> NDArray[np.floa
     chosen = logits.gather(1, torch.from_numpy(tokens).unsqueeze(1)).squeeze(1)
     values: NDArray[np.float32] = (chosen - torch.logsumexp(logits, dim=-1)).numpy()
     return values
+
+
+def note_top_logprobs(logits: Tensor, running: Sequence[Running]) -> None:
+    """Adds to the sequences that ask for it the most probable tokens under the unmodified logits [n, V]."""
+    rows = [row for row, run in enumerate(running) if run.params.top_logprobs]
+    if not rows:
+        return
+    wanted = torch.tensor(rows)
+    most = min(logits.shape[1], max(running[row].params.top_logprobs for row in rows))
+    values, tokens = _falling(logits[wanted], most)
+    values = values - torch.logsumexp(logits[wanted], dim=-1, keepdim=True)
+    for row, ids, logprobs in zip(rows, tokens.tolist(), values.tolist()):
+        count = running[row].params.top_logprobs
+        running[row].top_logprobs.append(tuple(zip(ids[:count], logprobs[:count])))
 
 
 def _is_limited(params: SamplingParams) -> bool:

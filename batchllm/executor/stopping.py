@@ -20,25 +20,59 @@ class StopRules:
         last = tokens[-1]
         if (last in self._eos_ids and not params.ignore_eos) or last in params.stop_token_ids:
             return "stop"
-        if params.stop and self._find_stop(self.decode(self._tail(tokens, params)), params.stop) is not None:
+        if params.stop and len(tokens) >= params.min_tokens and self._has_stop(tokens, params):
             return "stop"
         return "length" if len(tokens) >= limit else None
 
     def text(self, tokens: Sequence[int], params: SamplingParams) -> str:
-        """The output as a person reads it: special tokens left out, cut before the first stop string."""
-        text = self.decode(tokens)
-        end = self._find_stop(text, params.stop) if params.stop else None
-        return text if end is None else text[:end]
+        """The output as a person reads it: cut at the stop string that ended it, which stays with `include_stop`.
 
-    def decode(self, tokens: Sequence[int]) -> str:
+        A stop string that was complete before `min_tokens` did not end it and stays in the text.
+        """
+        text = self.decode(tokens, params)
+        if not params.stop:
+            return text
+        early = len(self.decode(tokens[: params.min_tokens - 1], params)) if params.min_tokens > 1 else 0
+        found = self._find_stop(text, params.stop, early)
+        if found is None:
+            return text
+        start, end = found
+        return text[: end if params.include_stop else start]
+
+    def was_cut(self, tokens: Sequence[int], params: SamplingParams, text: str) -> bool:
+        """Whether `text`, of these tokens, lacks the end that they have."""
+        return bool(params.stop) and text != self.decode(tokens, params)
+
+    def decode(self, tokens: Sequence[int], params: SamplingParams) -> str:
         if self._tokenizer is None:
             return ""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=params.skip_special_tokens)
         return text
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._eos_ids
+
+    @property
+    def tokenizer(self) -> Any | None:
+        return self._tokenizer
+
+    def _has_stop(self, tokens: Sequence[int], params: SamplingParams) -> bool:
+        tail = self._tail(tokens, params)
+        text = self.decode(tail, params)
+        if params.min_tokens <= 1:
+            return self._find_stop(text, params.stop, 0) is not None
+        early = len(self.decode(tail[: max(0, len(tail) - 1 - (len(tokens) - params.min_tokens))], params))
+        return self._find_stop(text, params.stop, early) is not None
+
     @staticmethod
-    def _find_stop(text: str, stops: Sequence[str]) -> int | None:
-        found = [index for index in (text.find(stop) for stop in stops) if index >= 0]
+    def _find_stop(text: str, stops: Sequence[str], early: int) -> tuple[int, int] | None:
+        """(start, end) of the first stop string that ends behind `early` characters."""
+        found = []
+        for stop in stops:
+            start = text.find(stop, max(0, early - len(stop) + 1))
+            if start >= 0:
+                found.append((start, start + len(stop)))
         return min(found, default=None)
 
     @staticmethod

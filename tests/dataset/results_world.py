@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm.core import PromptTable, RequestResult, RequestTable, SamplingParams
+from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.results import ResultStore
 
@@ -89,7 +90,7 @@ class World:
             self.requests,
             self.kept,
             configuration=self.configuration,
-            logprobs=self.logprobs,
+            logprobs=Logprobs(self.logprobs),
             fault_rows=(self.faults or {}).keys(),
             part_rows=part_rows,
             flush_seconds=flush_seconds,

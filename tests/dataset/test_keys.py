@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchllm.core import PromptTable, RequestTable, SamplingParams
-from batchllm.dataset.keys import make_requests, match_keys, rank_among_equals
+from batchllm.dataset.keys import (
+    _EARLIER,
+    _LATER,
+    make_requests,
+    match_keys,
+    rank_among_equals,
+    sampling_identity,
+)
 
 SAMPLED = SamplingParams(temperature=0.7)
 
@@ -114,6 +122,21 @@ def test_everything_that_decides_the_text_is_in_the_key() -> None:
         ("stop_token_ids", (4,)),
         ("ignore_eos", True),
         ("logprobs", True),
+        ("top_logprobs", 2),
+        ("best_of", 3),
+        ("repetition_penalty", 1.1),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", 0.5),
+        ("logit_bias", ((3, 1.0),)),
+        ("bad_words", ("x",)),
+        ("allowed_token_ids", (4,)),
+        ("min_tokens", 2),
+        ("include_stop", True),
+        ("skip_special_tokens", False),
+        ("choice", ("x",)),
+        ("regex", "x"),
+        ("json_schema", "{}"),
+        ("grammar", "start: x"),
     ],
 )
 def test_each_sampling_parameter_counts(field: str, value: object) -> None:
@@ -124,9 +147,9 @@ def test_each_sampling_parameter_counts(field: str, value: object) -> None:
 def test_every_field_of_sampling_parameters_is_decided_on() -> None:
     """A new field must be put into `sampling_identity`, or be added here with a reason."""
     known = {f.name for f in dataclasses.fields(SamplingParams)}
-    assert known == set(
-        "max_tokens temperature top_p top_k min_p n seed stop stop_token_ids ignore_eos logprobs".split()
-    )
+    fields = json.loads(sampling_identity(SAMPLED))
+    assert set(fields) == {*_EARLIER} - {"n"}, "answers from before a field existed must keep their keys"
+    assert known == {*_EARLIER, *_LATER}
 
 
 def test_greedy_decoding_does_not_care_how_it_would_have_sampled() -> None:

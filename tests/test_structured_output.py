@@ -1,0 +1,153 @@
+"""Structured output on tiny random models: every answer satisfies what its row asks for, or says why not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+import batchllm
+from batchllm.core import SamplingParams as CoreParams
+from batchllm.executor import structure
+from batchllm.executor.grammars import compile_grammar, load_vocabulary
+from tests.jobs import exit_code_of, make_job, read_output, save_model
+from tests.json_schemas import WRITTEN, random_schema
+from tests.tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
+
+SCHEMAS = [*WRITTEN.values(), *(random_schema(seed) for seed in range(200 - len(WRITTEN)))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> batchllm.LLM:
+    return batchllm.LLM(str(model), kv_memory="64MiB", min_shared_tokens=4)
+
+
+def params(**values: Any) -> Any:
+    return batchllm.SamplingParams(**{"temperature": 1.0, "max_tokens": 400, "seed": 1, **values})
+
+
+def answers(llm: batchllm.LLM, many: list[Any]) -> list[Any]:
+    prompts = [f"Question {number}: " for number in range(len(many))]
+    return [output.outputs[0] for output in llm.generate(prompts, many, use_tqdm=False)]
+
+
+def test_answers_satisfy_their_schemas(llm: batchllm.LLM) -> None:
+    assert len(SCHEMAS) == 200
+    found = answers(llm, [params(json_schema=schema) for schema in SCHEMAS])
+    for schema, answer in zip(SCHEMAS, found):
+        assert answer.finish_reason == "stop", (schema, answer.error)
+        jsonschema.validate(json.loads(answer.text), schema)
+
+
+def test_choices_patterns_and_grammars(llm: batchllm.LLM) -> None:
+    choice = ("yes", "no", 'a "quoted" one', "über\nall", "yes, but")
+    lark = 'start: expr\nexpr: NUMBER (OP NUMBER){0,3}\nOP: "+" | "-"\nNUMBER: /[0-9]{1,3}/'
+    plain = params(max_tokens=5)
+    found = answers(
+        llm, [params(choice=choice), params(regex="[a-c]{2,5}(-[0-9])?"), params(grammar=lark)] * 8 + [plain]
+    )
+    for number in range(0, 24, 3):
+        assert found[number].text in choice
+        assert re.fullmatch("[a-c]{2,5}(-[0-9])?", found[number + 1].text)
+        assert re.fullmatch(r"[0-9]{1,3}([+-][0-9]{1,3}){0,3}", found[number + 2].text)
+    assert len({answer.text for answer in found}) > 12
+    assert found[24] == answers(llm, [params(choice=choice)] * 24 + [plain])[24]  # the plain row is as ever
+
+
+def test_greedy_rows_and_probabilities(llm: batchllm.LLM) -> None:
+    (answer,) = answers(llm, [params(temperature=0.0, choice=["maybe"], logprobs=2)])
+    assert answer.text == "maybe" and len(answer.logprobs) == len("maybe")
+    assert all(value < -1.0 for value in answer.logprobs)  # of the model's own logits, not of those left
+    assert [len(beside) for beside in answer.top_logprobs] == [2] * 5
+
+
+def test_an_answer_that_does_not_end_in_time_says_so(llm: batchllm.LLM) -> None:
+    cut, ended, stopped = answers(
+        llm,
+        [
+            params(regex="[a-z]{50}", max_tokens=9),
+            params(regex="a*", max_tokens=9),
+            params(regex="(ab)*c", stop="b"),
+        ],
+    )
+    assert cut.finish_reason == "error"
+    assert cut.error == "9 tokens were not enough for an answer that satisfies regex; raise max_tokens"
+    assert ended.error is None and set(ended.text) <= {"a"}
+    assert stopped.text == "c" or stopped.error == (
+        "a stop string or token came before an answer that satisfies regex; remove it"
+    )
+
+
+IMPOSSIBLE = {
+    '{"type": "integer", "minimum": 5, "maximum": 3}': "minimum (5) is greater than maximum (3)",
+    '{"enum": []}': "Unsatisfiable schema",
+    "false": "is false, which no text satisfies",
+    '{"not": {"type": "string"}}': "Unimplemented keys",
+    '{"$ref": "#/nowhere"}': "does not exist",
+    '{"type": "strin"}': "Invalid type: strin",
+    '{"type": "string", "pattern": "(?=a)b"}': "look-around",
+    '{"a": ': "must be a JSON schema, found text that is not JSON",
+    "[1]": "must be a JSON schema, which is a mapping, found a list",
+}
+
+
+def test_a_schema_that_cannot_be_used_costs_its_row_only(tmp_path: Path, model: Path) -> None:
+    schemas = ['{"type": "boolean"}', *IMPOSSIBLE, None]
+    rows = [{"id": number, "prompt": "Q: ", "schema": schema} for number, schema in enumerate(schemas)]
+    generate = {"max_tokens": 12, "temperature": 1.0, "json_schema": {"column": "schema"}}
+    job = make_job(tmp_path, model, rows, generate=generate)
+    assert exit_code_of("run", job, "--quiet") == 3
+    table = read_output(tmp_path / "out")
+    assert table["output"][0] in ("true", "false")
+    for error, reason in zip(table["error"][1:-1], IMPOSSIBLE.values()):
+        assert reason in error and "json_schema" in error and "\n" not in error, error
+    assert table["error"][-1] is None  # null: no schema
+
+
+def test_patterns_and_grammars_that_cannot_be_used(llm: batchllm.LLM) -> None:
+    found = answers(
+        llm,
+        [
+            params(regex="a(b"),
+            params(regex=r"[^\s\S]"),
+            params(grammar="start: nothing"),
+            params(choice=["x"]),
+        ],
+    )
+    assert "unclosed group" in found[0].error and found[0].error.startswith("generate.regex cannot be used")
+    assert found[1].error == "generate.regex cannot be used: no text satisfies it"
+    assert "unknown name" in found[2].error
+    assert found[3].text == "x"
+
+
+def test_masks_are_made_in_another_thread(llm: batchllm.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the next step is computed, and once for every token but the last."""
+    import threading
+
+    made: list[str] = []
+    forbidden = structure.StructureMasks._forbidden
+
+    def noted(self: Any, matchers: Any) -> Any:
+        made.append(threading.current_thread().name)
+        return forbidden(self, matchers)
+
+    monkeypatch.setattr(structure.StructureMasks, "_forbidden", noted)
+    answers(llm, [params(regex="[ab]{6}")] * 3)
+    assert len(made) == 6 and all(name.startswith("structure") for name in made)
+
+
+def test_masks_agree_with_the_matcher() -> None:
+    vocabulary = load_vocabulary(byte_tokenizer(), VOCABULARY, [EOS])
+    matcher = compile_grammar(CoreParams(regex="a?"), vocabulary)
+    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+    assert np.flatnonzero(bits).tolist() == sorted([byte_tokenizer().encode("a")[0], EOS])
