@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from batchllm.chunks_cli import chunks
+from batchllm.openai_batch.commands import convert_batch, run_batch
 
 # Everything else is imported where it is used: help and wrong arguments must not wait for torch.
 
@@ -145,6 +146,8 @@ def evaluate(job: str, overrides: Sequence[str], previous: str | None, overwrite
 
 
 cli.add_command(chunks)
+cli.add_command(run_batch)
+cli.add_command(convert_batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

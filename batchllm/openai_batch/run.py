@@ -1,0 +1,125 @@
+"""`batchllm run-batch`: a file of requests in, a file of responses out, one line for each and in their order.
+
+Lines that cannot be answered get an error of their own. Requests become rows of a job beside the output file, in a
+folder named after it (`out.jsonl.batch`), so the same command goes on where an interrupted one stopped. What a request
+is answered depends on its custom_id and body, not on where its line stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.errors import InputError, OutputError
+from batchllm.executor.model_folder import check_model_folder
+from batchllm.job import make_job
+from batchllm.openai_batch.requests import BadLine, BatchRequest, parse_line
+from batchllm.openai_batch.responses import answer_line, error_line
+from batchllm.openai_batch.rows import job_sections, write_rows
+from batchllm.pipeline import run_job
+
+
+def run_batch(
+    requests: Path,
+    output: Path,
+    model: str,
+    *,
+    max_tokens: int = 256,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    quiet: bool = False,
+) -> int:
+    """0: every line answered; 3: some lines are errors; 130: interrupted. Raises UserError before anything is written.
+
+    `max_tokens` is for requests that do not say. `overrides` are those of a job: {"engine.kv_memory": "1GiB"}.
+    """
+    check_readable(requests)
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; -o must name a file")
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"{output}: the folder {output.absolute().parent} does not exist")
+    folder = output.with_name(output.name + ".batch").absolute()
+    sections = {"model": {"path": model}, **job_sections(folder / "rows.parquet", folder / "answers")}
+    job = make_job(sections, Path.cwd(), "run-batch", overrides)
+    check_model_folder(job.model.path, job.model.trust_remote_code)
+    folder.mkdir(exist_ok=True)
+    count = write_rows((line for _, line in read_requests(requests)), folder / "rows.parquet", max_tokens)
+    code = 0
+    if count:
+        code = run_job(job, quiet=quiet).exit_code
+        if code == 130:
+            return code
+    tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
+    answers = _answers(job.output.path) if count else iter(())
+    name, created = Path(job.model.path).name, int(time.time())
+    part = output.with_name(output.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        for number, line in _lines(requests):
+            if isinstance(line, BadLine):
+                code = 3
+                record = error_line(number, line.custom_id, line.code, str(line))
+            else:
+                record = answer_line(number, next(answers), tokenizer, name, created)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, output)
+    return code
+
+
+def read_requests(path: Path) -> Iterator[tuple[int, BatchRequest]]:
+    """(line number, request) of the lines that are requests."""
+    for number, line in _lines(path):
+        if isinstance(line, BatchRequest):
+            yield number, line
+
+
+def _lines(path: Path) -> Iterator[tuple[int, BatchRequest | BadLine]]:
+    """Every line that is not blank, from 1 on. A custom_id that comes again is an error."""
+    seen: dict[str, int] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
+            if not line:
+                continue
+            try:
+                request = parse_line(line)
+                first = seen.setdefault(request.custom_id, number)
+                if first != number:
+                    message = f"custom_id {request.custom_id!r} is that of line {first} too; ids must differ"
+                    raise BadLine("duplicate_custom_id", message, request.custom_id)
+                yield number, request
+            except BadLine as error:
+                yield number, error
+
+
+def _answers(folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """The samples of each request, in the order of the requests."""
+    rows = (
+        row
+        for part in sorted(folder.glob("part-*.parquet"))
+        for batch in pq.ParquetFile(part).iter_batches()
+        for row in batch.to_pylist()
+    )
+    for _, samples in groupby(rows, key=lambda row: row["custom_id"]):
+        yield list(samples)
+
+
+def bad_lines(path: Path) -> Iterator[tuple[int, BadLine]]:
+    """(line number, what is wrong) of the lines that are no requests."""
+    for number, line in _lines(path):
+        if isinstance(line, BadLine):
+            yield number, line
+
+
+def check_readable(path: Path) -> None:
+    """Raises InputError for a file that does not exist."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")

@@ -1,0 +1,280 @@
+"""`batchllm run-batch`: every line of a batch file gets its line of output, whatever is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from tests.jobs import exit_code_of, save_model
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+USER = [{"role": "user", "content": "Say something."}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def request(custom_id: str, url: str = CHAT, **body: Any) -> dict[str, Any]:
+    content = {"messages": USER} if url == CHAT else {"prompt": "Once upon"}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {**content, **body}}
+
+
+def bad_line(custom_id: str, kind: int) -> tuple[str | bytes, str, str, bool]:
+    """(line, code, words of the message, whether the output can name the custom_id)."""
+    good = json.dumps(request(custom_id))
+    chat, text = (
+        (lambda **body: json.dumps(request(custom_id, **body))),
+        (lambda **body: json.dumps(request(custom_id, COMPLETIONS, **body))),
+    )
+
+    def changed(**fields: Any) -> str:
+        return json.dumps({**request(custom_id), **fields})
+
+    kinds: list[tuple[str | bytes, str, str, bool]] = [
+        (good[:-9], "invalid_json", "not valid JSON", False),
+        ("not json at all", "invalid_json", "not valid JSON", False),
+        (b'{"custom_id": "\xff"}', "invalid_json", "not valid UTF-8", False),
+        ("[1, 2]", "invalid_request", "must be a JSON object, found a list", False),
+        ("null", "invalid_request", "must be a JSON object, found nothing", False),
+        (changed(custom_id=None), "missing_custom_id", "found none", False),
+        (changed(custom_id=7), "missing_custom_id", "found the number 7", False),
+        (changed(custom_id=""), "missing_custom_id", "custom_id must be text", False),
+        (changed(custom_id="first"), "duplicate_custom_id", "is that of line 1 too", False),
+        (changed(method="GET"), "invalid_method", "must be POST, found the text `GET`", True),
+        (changed(url="/v1/embeddings"), "invalid_url", "/v1/embeddings", True),
+        (changed(url=None), "invalid_url", "found nothing", True),
+        (changed(body=None), "invalid_body", "must be a JSON object", True),
+        (changed(body=[]), "invalid_body", "found a list", True),
+        (changed(body={}), "invalid_messages", "must be a list of messages, found nothing", True),
+        (chat(messages=[]), "invalid_messages", "has no messages", True),
+        (chat(messages="hi"), "invalid_messages", "found the text `hi`", True),
+        (chat(messages=[{"content": "x"}]), "invalid_messages", "message 1 has no role", True),
+        (chat(messages=[{"role": "user"}]), "invalid_messages", "message 1 has no content", True),
+        (
+            chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            "invalid_messages",
+            "content that is not text",
+            True,
+        ),
+        (chat(prompt="x"), "invalid_request", "body.prompt belongs to", True),
+        (chat(temperature="hot"), "invalid_parameter", "body.temperature must be a number", True),
+        (chat(temperature=-1), "invalid_parameter", "body.temperature must be at least 0", True),
+        (chat(top_p=1.5), "invalid_parameter", "body.top_p must be at most 1", True),
+        (chat(max_tokens=0), "invalid_parameter", "body.max_tokens must be at least 1", True),
+        (chat(max_completion_tokens=2.5), "invalid_parameter", "body.max_completion_tokens", True),
+        (chat(n=0), "invalid_parameter", "body.n must be at least 1", True),
+        (chat(logit_bias={"a": 1}), "invalid_parameter", "body.logit_bias must have token ids", True),
+        (chat(logit_bias={"9999": 1}), "cannot_be_answered", "names token 9,999", True),
+        (chat(stop=[1]), "invalid_parameter", "body.stop must be text", True),
+        (chat(stream=True), "unsupported_parameter", "body.stream is not supported", True),
+        (chat(temprature=1), "unknown_parameter", "did you mean temperature?", True),
+        (chat(top_logprobs=3), "invalid_parameter", "needs logprobs: true", True),
+        (chat(min_tokens=9, max_tokens=3), "invalid_parameter", "body.min_tokens 9 but max_tokens 3", True),
+        (chat(tools="x"), "invalid_parameter", "body.tools must be a list", True),
+        (chat(tool_choice="required"), "unsupported_parameter", "body.tool_choice", True),
+        (
+            chat(response_format={"type": "xml"}),
+            "invalid_parameter",
+            "text, json_object or json_schema",
+            True,
+        ),
+        (
+            chat(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}),
+            "cannot_be_answered",
+            "Invalid type: strin",
+            True,
+        ),
+        (chat(guided_regex="a{99}", max_tokens=4), "cannot_be_answered", "4 tokens were not enough", True),
+        (chat(guided_regex="a", guided_choice=["b"]), "invalid_parameter", "one structure", True),
+        (
+            chat(messages=[{"role": "user", "content": "x" * 600}]),
+            "cannot_be_answered",
+            "reads at most",
+            True,
+        ),
+        (text(prompt=None), "invalid_prompt", "must be a text", True),
+        (text(prompt=""), "invalid_prompt", "must be a text", True),
+        (text(prompt=["a", "b"]), "invalid_prompt", "found a list", True),
+        (text(prompt=json.dumps(USER)), "invalid_prompt", "send it to", True),
+        (text(tools=[]), "unknown_parameter", "is not a parameter of /v1/completions", True),
+        (text(echo=True), "unsupported_parameter", "body.echo", True),
+    ]
+    return kinds[kind % len(kinds)]
+
+
+BAD_KINDS = 47
+
+
+def good_line(custom_id: str, number: int) -> dict[str, Any]:
+    """Requests of many kinds, with short answers; every third like many others."""
+    kinds: list[dict[str, Any]] = [
+        request(custom_id, temperature=0, max_tokens=2),
+        request(custom_id, COMPLETIONS, temperature=0, max_tokens=1),
+        request(custom_id, COMPLETIONS, temperature=0, max_tokens=2, prompt=[f"Once {number % 50}"]),
+        request(
+            custom_id, temperature=0, max_tokens=1, messages=[*USER, {"role": "assistant", "content": "I"}]
+        ),
+        request(custom_id, temperature=0, guided_choice=["a", "b"]),
+        request(custom_id, max_tokens=1, temperature=0, user="x", metadata={"a": 1}, seed=None),
+    ]
+    if number % 40 == 0:
+        return request(
+            custom_id, temperature=1.2, max_completion_tokens=3, n=2, logprobs=True, top_logprobs=2
+        )
+    return kinds[number % len(kinds)]
+
+
+def run(source: Path, target: Path, model: Path) -> int:
+    settings = ["--model", str(model), "--set", "engine.kv_memory=16MiB", "--quiet"]
+    return exit_code_of("run-batch", "-i", source, "-o", target, *settings)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_ten_thousand_lines_with_every_kind_of_bad_line(tmp_path: Path, model: Path) -> None:
+    chance = random.Random(0)
+    lines: list[bytes] = []
+    bad: dict[int, tuple[str | bytes, str, str, bool]] = {}
+    for number in range(10_000):
+        custom_id = "first" if number == 0 else f"request {number}"
+        if number and chance.random() < 0.3:
+            bad[number] = bad_line(custom_id, len(bad))
+            line = bad[number][0]
+        else:
+            line = json.dumps(good_line(custom_id, number))
+        lines.append(line if isinstance(line, bytes) else line.encode())
+    assert len(bad) > 10 * BAD_KINDS
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\n".join(lines) + b"\n\n")
+    assert run(source, target, model) == 3
+    answers = read_lines(target)
+    assert len(answers) == 10_000
+    assert len({answer["id"] for answer in answers}) == 10_000
+    for number, answer in enumerate(answers):
+        custom_id = "first" if number == 0 else f"request {number}"
+        if number in bad:
+            _, code, words, is_named = bad[number]
+            assert answer["response"] is None
+            assert answer["error"]["code"] == code and words in answer["error"]["message"], answer
+            assert not is_named or answer["custom_id"] == custom_id
+        else:
+            assert answer["error"] is None and answer["custom_id"] == custom_id, answer
+            check_answer(good_line(custom_id, number), answer["response"])
+
+
+def check_answer(asked: dict[str, Any], response: dict[str, Any]) -> None:
+    body, limits = response["body"], asked["body"]
+    assert response["status_code"] == 200 and body["model"]
+    most = limits.get("max_tokens", limits.get("max_completion_tokens", 256))
+    assert len(body["choices"]) == limits.get("n", 1)
+    assert (
+        body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    )
+    assert 1 <= body["usage"]["completion_tokens"] <= most * len(body["choices"])
+    for index, choice in enumerate(body["choices"]):
+        assert choice["index"] == index and choice["finish_reason"] in ("stop", "length")
+        if asked["url"] == CHAT:
+            assert body["object"] == "chat.completion" and choice["message"]["role"] == "assistant"
+        else:
+            assert body["object"] == "text_completion" and isinstance(choice["text"], str)
+        if "guided_choice" in limits:
+            assert choice["message"]["content"] in limits["guided_choice"]
+        if limits.get("logprobs"):
+            assert all(len(token["top_logprobs"]) == 2 for token in choice["logprobs"]["content"])
+
+
+def bodies(path: Path) -> dict[str, Any]:
+    return {
+        line["custom_id"]: line["response"] and line["response"]["body"]["choices"]
+        for line in read_lines(path)
+    }
+
+
+def test_answers_do_not_depend_on_the_order_of_lines(tmp_path: Path, model: Path) -> None:
+    lines = [good_line(f"r{number}", number) for number in (*range(30), 40, 80, 120)]
+    lines += [request(f"s{number}", temperature=1.1, max_tokens=4) for number in range(10)]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    assert run(source, target, model) == 0
+    expected = bodies(target)
+    random.Random(1).shuffle(lines)
+    other, again = tmp_path / "shuffled.jsonl", tmp_path / "again.jsonl"
+    other.write_text("\n".join(map(json.dumps, lines)))
+    assert run(other, again, model) == 0
+    found = bodies(again)
+    assert list(found) == [line["custom_id"] for line in lines]
+    assert {name: texts(choices) for name, choices in found.items()} == {
+        name: texts(choices) for name, choices in expected.items()
+    }
+    assert len({json.dumps(texts(expected[f"s{number}"])) for number in range(10)}) > 5
+    shutil.copy(other, source)  # the same command over changed lines: what is there already stays
+    assert run(source, target, model) == 0
+    assert list(bodies(target)) == list(found)
+
+
+def texts(choices: Any) -> list[str]:
+    return [choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices]
+
+
+def test_conversion_both_ways(tmp_path: Path, model: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    lines = [
+        request("a", temperature=0.5, max_tokens=3, stop=["x"], logit_bias={"5": 1.5}, model="m"),
+        request("b", COMPLETIONS, temperature=1.0, max_tokens=9, n=2, logprobs=2, guided_regex="a+"),
+        request(
+            "c", temperature=1.0, max_tokens=4, tools=[tool], chat_template_kwargs={"enable_thinking": False}
+        ),
+        request("d", temperature=1.0, max_tokens=256, response_format={"type": "json_object"}),
+    ]
+    source, table, back = (tmp_path / name for name in ("in.jsonl", "rows.parquet", "back.jsonl"))
+    source.write_text("\n".join(map(json.dumps, lines)) + "\nnonsense\n")
+    assert exit_code_of("convert-batch", source, table) == 3  # one line is no request
+    rows = pl.read_parquet(table)
+    assert rows["custom_id"].to_list() == ["a", "b", "c", "d"]
+    assert rows["max_tokens"].to_list() == [3, 9, 4, 256]
+    assert exit_code_of("convert-batch", table, back) == 0
+    del lines[3]["body"]["response_format"]
+    lines[3]["body"]["guided_json"] = {"type": "object"}
+    assert read_lines(back) == lines
+    source.write_text("\n".join(map(json.dumps, lines[:2])))
+    target, answers = tmp_path / "out.jsonl", tmp_path / "answers.parquet"
+    assert run(source, target, model) in (0, 3)  # the pattern may come to no end in 9 tokens
+    assert exit_code_of("convert-batch", target, answers) == 0
+    assert pl.read_parquet(answers)["custom_id"].to_list() in (["a", "b", "b"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run-batch", "-i", "nowhere.jsonl", "-o", "out.jsonl", "--model", "x"], "there is no such file"),
+        (["run-batch", "-i", "in.jsonl", "-o", "no/out.jsonl", "--model", "x"], "does not exist"),
+        (["run-batch", "-i", "in.jsonl", "-o", ".", "--model", "x"], "is a folder"),
+        (["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", "./none"], "none"),
+        (["convert-batch", "in.jsonl", "out.csv"], "one must be named .jsonl and the other .parquet"),
+        (["convert-batch", "rows.parquet", "out.jsonl"], "has no column `custom_id`"),
+    ],
+)
+def test_wrong_files_are_named(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text(json.dumps(request("a")))
+    pl.DataFrame({"x": [1]}).write_parquet("rows.parquet")
+    before = sorted(tmp_path.iterdir())
+    assert exit_code_of(*arguments) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
