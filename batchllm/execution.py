@@ -126,6 +126,8 @@ def load_checked_model(job: JobSpec, watch: Stopwatch, placement: Placement) -> 
         check_parity(model)
         if job.model.quantize:
             quantize_model(model, job.model.quantize)
+        else:
+            model.pack()
     return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory, job.engine.max_step_tokens))
 
 

@@ -168,6 +168,8 @@ class LLM:
         check_parity(self._model)
         if quantize is not None:
             quantize_model(self._model, quantize)
+        else:
+            self._model.pack()
         memory = parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
         self._run_options = RunOptions(memory, max_step_tokens, PlanOptions(min_shared_tokens))
         self.last_run: TableRun | None = None  # of score_and_generate: what it shared

@@ -7,23 +7,19 @@ from collections.abc import Sequence
 
 import torch
 from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend
-from batchllm_kernels.cpu.build import library
 from torch import Tensor
 
 from batchllm.executor.attention_tiles import plan_tiles
 from batchllm.executor.kv_pool import KvPool, KvWriter, LayerKv
+from batchllm.executor.native import native_kernels
 from batchllm.executor.step import StepBatch
-from batchllm.user_cache import user_cache_folder
 
 
 def kernels_for(layers: Sequence[LayerKv], dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels, if this model and this machine can use them."""
-    if dtype != torch.bfloat16 or any(
-        layer.key_dim % 2 or layer.value_dim > MAX_VALUE_DIM for layer in layers
-    ):
+    if any(layer.key_dim % 2 or layer.value_dim > MAX_VALUE_DIM for layer in layers):
         return None
-    found = library(user_cache_folder() / "kernels")
-    return None if isinstance(found, str) else found
+    return native_kernels(dtype)
 
 
 class NativeStepAttention:

@@ -1,21 +1,18 @@
 """A faster decoder layer for the Llama family, swapped in for transformers' own where it matches.
 
-Same arithmetic with fewer passes over memory: q, k and v are one product, gate and up are one product, RMSNorm and RoPE
-are a few operations instead of many, and what is elementwise goes through the rows in blocks that stay in a CPU's
-cache. In the last layer, tokens whose logits nobody reads need only their K and V.
+Same arithmetic with fewer passes over memory: q, k and v are one product, gate and up are one product, and what lies
+between products is in `layer_ops`. In the last layer, tokens whose logits nobody reads need only their K and V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchllm.executor.forward_context import current_step
-from batchllm.executor.rotary import RotaryTables
+from batchllm.executor.layer_ops import BetweenProducts, ops_for, rms_norm
 
 # Decoder layers of exactly this form: norm, attention with rotary positions (half rotation), norm, gated MLP.
 _FORMS = {
@@ -24,25 +21,24 @@ _FORMS = {
     "Qwen2DecoderLayer",
     "Qwen3DecoderLayer",
 }
-_BLOCK_VALUES = 1 << 18  # of one elementwise pass
 
 
 class FusedDecoderLayer(nn.Module):
     """Takes the place of one of transformers' decoder layers and keeps its weights (the originals become views)."""
 
-    def __init__(self, layer: Any, is_last: bool, rotary: RotaryTables):
+    def __init__(self, layer: Any, is_last: bool, ops: BetweenProducts):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.original = layer
         self.layer_idx = int(attention.layer_idx)
         self.is_last = is_last
-        self.rotary = rotary
         self.head_dim = int(attention.head_dim)
         self.scale = float(attention.scaling)
         self.window = _window(attention)
         self.q_size, self.kv_size = attention.q_proj.out_features, attention.k_proj.out_features
         self.qkv = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = _fuse(mlp.gate_proj, mlp.up_proj)
+        self.ops = ops
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
         """hidden_states [1, T, hidden] → the same shape; [1, L, hidden] from the last layer when only the L tokens
@@ -64,8 +60,9 @@ class FusedDecoderLayer(nn.Module):
             sinks=None,
             last_only=rows is not None,
         )
-        hidden = hidden + self.original.self_attn.o_proj(attended.reshape(len(hidden), self.q_size))
-        mixed: Tensor = hidden + self._mlp(_norm(hidden, self.original.post_attention_layernorm))
+        delta = self.original.self_attn.o_proj(attended.reshape(len(hidden), self.q_size))
+        hidden, normed = self.ops.add_norm(hidden, delta, self.original.post_attention_layernorm)
+        mixed = hidden.add_(self.original.mlp.down_proj(self.ops.gated(self.gate_up(normed))))
         return mixed.unsqueeze(0)
 
     def _project(
@@ -73,22 +70,31 @@ class FusedDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[T, heads, D] each, with positions applied to query and key."""
         attention = self.original.self_attn
-        joined = self.qkv(_norm(hidden, self.original.input_layernorm))
+        joined = self.qkv(self.ops.norm(hidden, self.original.input_layernorm))
         heads = joined.view(len(hidden), -1, self.head_dim)
         num_q, num_kv = self.q_size // self.head_dim, self.kv_size // self.head_dim
         turned, value = heads[:, : num_q + num_kv], heads[:, num_q + num_kv :]
         if hasattr(attention, "q_norm"):
             query, key, _ = heads.split([num_q, num_kv, num_kv], dim=1)
-            turned = torch.cat((_norm(query, attention.q_norm), _norm(key, attention.k_norm)), dim=1)
-        turned = self.rotary.apply(turned, *position_embeddings)
+            turned = torch.cat((rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)), dim=1)
+        turned = self.ops.rotate(turned, *position_embeddings)
         return turned[:, :num_q], turned[:, num_q:], value
 
-    def _mlp(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        for rows in _blocks(gate):
-            F.silu(gate[rows], inplace=True).mul_(up[rows])
-        output: Tensor = self.original.mlp.down_proj(gate)
-        return output
+    def unused(self) -> list[Any]:
+        """The original's linear layers whose work is done by this layer's own."""
+        attention, mlp = self.original.self_attn, self.original.mlp
+        return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+
+    def release_originals(self) -> None:
+        """Lets go of their weights, so that this layer's may be kept in another form."""
+        for linear in self.unused():
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+
+    def restore_originals(self) -> None:
+        """Gives them their weights again, from this layer's plain ones."""
+        unused = self.unused()
+        _share(self.qkv.weight, *unused[:3])
+        _share(self.gate_up.weight, *unused[3:])
 
 
 def fuse_layers(model: Any) -> bool:
@@ -96,9 +102,9 @@ def fuse_layers(model: Any) -> bool:
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None or not all(_matches(layer) for layer in layers):
         return False
-    rotary = RotaryTables()
+    ops = ops_for(next(model.parameters()).dtype)
     for index, layer in enumerate(layers):
-        layers[index] = FusedDecoderLayer(layer, index == len(layers) - 1, rotary)
+        layers[index] = FusedDecoderLayer(layer, index == len(layers) - 1, ops)
     return True
 
 
@@ -114,8 +120,11 @@ def _matches(layer: Any) -> bool:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    gated = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    return all(type(module) is nn.Linear for module in (*linears, *gated)) and _is_silu(mlp)
+    return all(type(module) is nn.Linear for module in (*linears, *_gated(mlp))) and _is_silu(mlp)
+
+
+def _gated(mlp: Any) -> list[Any]:
+    return [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
 
 
 def _is_silu(mlp: Any) -> bool:
@@ -141,30 +150,13 @@ def _fuse(*linears: nn.Linear) -> nn.Linear:
     fused.weight = nn.Parameter(weight, requires_grad=False)
     if biased:
         fused.bias = nn.Parameter(torch.cat([linear.bias.data for linear in linears]), requires_grad=False)
-    first = 0
-    for linear in linears:
-        linear.weight.data = weight[first : first + linear.out_features]
-        first += linear.out_features
+    _share(fused.weight, *linears)
     return fused
 
 
-def _norm(states: Tensor, norm: Any) -> Tensor:
-    """RMSNorm (Zhang and Sennrich 2019) over the last dimension, in float32 as transformers computes it."""
-    normed = torch.empty(states.shape, dtype=states.dtype)
-    size = states.shape[-1]
-    for rows in _blocks(states):
-        wide = states[rows].float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = length.square_().div_(size).add_(norm.variance_epsilon).rsqrt_()
-        # Where the states are float32 already they are not a copy: nothing is written in place.
-        normed[rows] = wide * scale
-        normed[rows].mul_(norm.weight)
-    return normed
-
-
-def _blocks(states: Tensor) -> Iterator[slice]:
-    """Rows in blocks of about _BLOCK_VALUES values."""
-    rows = len(states)
-    step = max(1, _BLOCK_VALUES * rows // max(1, states.numel()))
-    for first in range(0, rows, step):
-        yield slice(first, first + step)
+def _share(weight: Tensor, *linears: Any) -> None:
+    """Makes the rows of `weight`, in order, the linears' weights."""
+    first = 0
+    for linear in linears:
+        linear.weight = nn.Parameter(weight.data[first : first + linear.out_features], requires_grad=False)
+        first += linear.out_features

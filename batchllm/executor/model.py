@@ -28,6 +28,7 @@ from batchllm.executor.fused_layer import fuse_layers, restore_layers
 from batchllm.executor.gate import LengthLimit, refused
 from batchllm.executor.kv_pool import LayerKv
 from batchllm.executor.model_config import first_line, load_config
+from batchllm.executor.packed_linear import pack_linears, unpack_linears
 from batchllm.executor.step import StepBatch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,8 +112,14 @@ class ModelRunner:
         self.fused = self.fused or (self.placement.gpu is None and fuse_layers(self.model))
         return self.fused
 
+    def pack(self) -> None:
+        """Keeps the weights of linear layers in the form that a CPU multiplies fastest with. `unfuse` undoes it."""
+        if self.placement.gpu is None:
+            pack_linears(self.model)
+
     def unfuse(self) -> None:
         """Back to transformers' own layers."""
+        unpack_linears(self.model)
         if self.fused:
             restore_layers(self.model)
             self.fused = False

@@ -11,7 +11,8 @@ import pytest
 import torch
 from batchllm_kernels.cpu import build
 
-from batchllm.executor import attention_native, attention_tiles
+from batchllm.executor import attention_tiles
+from batchllm.executor import native as native_module
 from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.attention_native import NativeStepAttention, kernels_for
 from batchllm.executor.attention_tiles import plan_tiles
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Kernels of these tests are compiled into a folder of their own."""
     made = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_native, "user_cache_folder", lambda: made)
+        patch.setattr(native_module, "user_cache_folder", lambda: made)
         yield made
 
 
@@ -111,7 +112,7 @@ def test_is_what_the_backend_takes_in_bfloat16_and_only_there(folder: Path) -> N
 def test_without_kernels_torch_does_the_work(
     lack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_native, "user_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(native_module, "user_cache_folder", lambda: tmp_path)
     monkeypatch.setattr(build, "cpu_has_bfloat16_products", lambda: lack != "instructions")
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho 'attention.c: no such instruction' >&2\nexit 1\n")

@@ -9,17 +9,16 @@
  * Products take pairs of bfloat16 (vdpbf16ps) and add in float32. Weights of keys are rounded to bfloat16 before they
  * meet the values; nothing else is rounded until the end.
  */
-#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef uint16_t bf16;
+#include "bfloat16.h"
+#include "power.h"
 
 enum {
-    LANES = 16,
     KEYS = 128,                 /* keys in a block; packed keys and values of a block stay in the first-level cache */
     VECTORS = KEYS / LANES,
     ROWS = 6,                   /* queries in a block: 6 x 4 accumulators of the 32 registers */
@@ -28,7 +27,7 @@ enum {
 
 #define HIDDEN -1e30f /* finite, so that a difference of two is a number */
 
-/* As attention_tile.py's _Job. Strides count elements. */
+/* As _Job in attention.py. Strides count elements. */
 typedef struct {
     const bf16 *query;          /* [tokens][heads][key_dim] */
     const bf16 *keys;           /* [slots][kv_heads][key_dim] */
@@ -63,21 +62,6 @@ typedef struct {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* 2^x to a few millionths of itself; 0 far below. */
-static inline __m512 power_of_two(__m512 x)
-{
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 sum = _mm512_set1_ps(9.56051983e-03f);
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.59171228e-02f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40249817e-01f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93121958e-01f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.99999190e-01f));
-    return _mm512_scalef_ps(sum, whole);
-}
-
-static const float LOG2E = 1.44269504f;
 
 /* cap * tanh(x / cap) */
 static inline __m512 capped(__m512 x, float cap)
@@ -162,8 +146,7 @@ static void pack_values(const Job *job, Work *w, Block next, int64_t head, const
         uint32_t *target = w->values + key / 2 * w->value_width;
         if (key % LANES == 0) fetch(job, w, next, head * 2 * VECTORS + VECTORS + key / LANES, w->heads * 2 * VECTORS);
         for (int64_t at = 0; at < w->value_width; at += LANES) {
-            int64_t left = dim - at;
-            __mmask16 mask = left >= LANES ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+            __mmask16 mask = first_lanes(dim - at);
             __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + at));
             __m512i b = _mm512_setzero_si512();
             if (key + 1 < count)
@@ -379,10 +362,8 @@ static void end_tile(const Job *job, const Work *w)
                 __m512 total = _mm512_load_ps(w->total + number * LANES);
                 __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
                 for (int64_t at = 0; at < job->value_dim; at += LANES) {
-                    int64_t left = job->value_dim - at;
-                    __mmask16 mask = left >= LANES ? 0xffff : (1u << left) - 1;
                     __m512 sum = _mm512_mul_ps(_mm512_load_ps(w->sums + number * w->value_width + at), scale);
-                    _mm256_mask_storeu_epi16(output + at, mask, (__m256i)_mm512_cvtneps_pbh(sum));
+                    store_bf16(output + at, sum, job->value_dim - at);
                 }
             }
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("attention.c")
+_FOLDER = Path(__file__).parent
 _FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"]
 _INSTRUCTIONS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"]
 _SECONDS = 120  # a compiler that takes longer is stuck
@@ -41,8 +41,9 @@ def library(folder: Path) -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C compiler (gcc or clang)"
     command = [compiler, *_FLAGS, *_INSTRUCTIONS]
-    name = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    path = folder / f"attention-{name}.so"
+    content = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]")))
+    name = hashlib.sha256(" ".join(command).encode() + content).hexdigest()[:16]
+    path = folder / f"kernels-{name}.so"
     try:
         if not path.exists():
             _compile(command, path)
@@ -65,7 +66,10 @@ def _compile(command: list[str], path: Path) -> None:
     os.close(descriptor)
     try:
         done = subprocess.run(
-            [*command, str(SOURCE), "-o", part, "-lm"], capture_output=True, text=True, timeout=_SECONDS
+            [*command, *map(str, sorted(_FOLDER.glob("*.c"))), "-o", part, "-lm"],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
         )
         if done.returncode:
             raise OSError(done.stderr or "no reason was given")

@@ -1,0 +1,72 @@
+/* What a decoder layer does between its matrix products, in bfloat16: one pass over the rows each.
+ *
+ * Every function rounds to bfloat16 where transformers' modules do, so results differ from theirs in the order of a sum
+ * alone.
+ */
+#include <math.h>
+
+#include "bfloat16.h"
+#include "power.h"
+
+/* states [rows][size] += delta (if there is one); normed = RMSNorm (Zhang and Sennrich 2019) of that, times weight. */
+void batchllm_add_rms_norm(bf16 *states, const bf16 *delta, const bf16 *weight, bf16 *normed, int64_t rows,
+                           int64_t size, int64_t states_row, int64_t delta_row, int64_t normed_row, float epsilon)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        bf16 *from = states + row * states_row, *to = normed + row * normed_row;
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t at = 0; at < size; at += LANES) {
+            __m512 number = load_bf16(from + at, size - at);
+            if (delta) {
+                number = rounded(_mm512_add_ps(number, load_bf16(delta + row * delta_row + at, size - at)));
+                store_bf16(from + at, number, size - at);
+            }
+            squares = _mm512_fmadd_ps(number, number, squares);
+        }
+        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / size + epsilon));
+        for (int64_t at = 0; at < size; at += LANES) {
+            __m512 number = rounded(_mm512_mul_ps(load_bf16(from + at, size - at), scale));
+            store_bf16(to + at, _mm512_mul_ps(number, load_bf16(weight + at, size - at)), size - at);
+        }
+    }
+}
+
+/* output [rows][size] = silu(joined[:, :size]) * joined[:, size:] */
+void batchllm_silu_and_mul(const bf16 *joined, bf16 *output, int64_t rows, int64_t size)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16 *gate = joined + 2 * row * size, *up = gate + size;
+        bf16 *to = output + row * size;
+        for (int64_t at = 0; at < size; at += LANES) {
+            __m512 number = load_bf16(gate + at, size - at);
+            /* Below -87 the power is infinite and silu 0, as it should be. */
+            __m512 power = power_of_two(_mm512_mul_ps(number, _mm512_set1_ps(-LOG2E)));
+            __m512 silu = rounded(_mm512_div_ps(number, _mm512_add_ps(power, _mm512_set1_ps(1.0f))));
+            store_bf16(to + at, _mm512_mul_ps(silu, load_bf16(up + at, size - at)), size - at);
+        }
+    }
+}
+
+/* Rotary positions (Su et al. 2021) in place, half of each head rotated against the other.
+ * states [rows][heads][dim], cosine and sine [rows][dim] with equal halves. */
+void batchllm_rotate(bf16 *states, const bf16 *cosine, const bf16 *sine, int64_t rows, int64_t heads, int64_t dim,
+                     int64_t states_row)
+{
+    int64_t half = dim / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            bf16 *low = states + row * states_row + head * dim, *high = low + half;
+            for (int64_t at = 0; at < half; at += LANES) {
+                int64_t left = half - at;
+                __m512 a = load_bf16(low + at, left), b = load_bf16(high + at, left);
+                __m512 c = load_bf16(cosine + row * dim + at, left), s = load_bf16(sine + row * dim + at, left);
+                __m512 turned_a = _mm512_sub_ps(rounded(_mm512_mul_ps(a, c)), rounded(_mm512_mul_ps(b, s)));
+                __m512 turned_b = _mm512_add_ps(rounded(_mm512_mul_ps(b, c)), rounded(_mm512_mul_ps(a, s)));
+                store_bf16(low + at, turned_a, left);
+                store_bf16(high + at, turned_b, left);
+            }
+        }
+}

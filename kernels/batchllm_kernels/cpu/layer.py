@@ -1,0 +1,57 @@
+"""What a decoder layer does between its matrix products, on a CPU in bfloat16: the binding of `layer.c`.
+
+All tensors are bfloat16. Results are those of transformers' modules, rounded where they round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+
+class LayerOps:
+    """The functions of `layer.c` for tensors."""
+
+    def __init__(self, kernels: ctypes.CDLL):
+        self._kernels = kernels
+
+    def add_rms_norm(self, states: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+        """states [n, size] grows by delta [n, size] in place; returns its RMSNorm times weight [size], contiguous."""
+        normed = states.new_empty(states.shape)
+        rows, size = states.shape
+        assert states.stride(1) == 1 and (delta is None or delta.stride(1) == 1)
+        self._kernels.batchllm_add_rms_norm(
+            _at(states),
+            None if delta is None else _at(delta),
+            _at(weight),
+            _at(normed),
+            *_counts(rows, size, states.stride(0), 0 if delta is None else delta.stride(0), size),
+            ctypes.c_float(epsilon),
+        )
+        return normed
+
+    def silu_and_mul(self, joined: Tensor) -> Tensor:
+        """joined [n, 2 size], contiguous → silu of the first half times the second, [n, size]."""
+        assert joined.is_contiguous()
+        rows, width = joined.shape
+        output = joined.new_empty(rows, width // 2)
+        self._kernels.batchllm_silu_and_mul(_at(joined), _at(output), *_counts(rows, width // 2))
+        return output
+
+    def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """states [n, heads, dim] are turned in place and returned; cos and sin [n, dim], both halves equal."""
+        rows, heads, dim = states.shape
+        assert states.stride()[1:] == (dim, 1) and cos.is_contiguous() and sin.is_contiguous()
+        self._kernels.batchllm_rotate(
+            _at(states), _at(cos), _at(sin), *_counts(rows, heads, dim, states.stride(0))
+        )
+        return states
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _counts(*numbers: int) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, numbers))
