@@ -79,24 +79,34 @@ class FieldOrder:
         return positions
 
 
-def choose_order(items: FreeItems) -> FieldOrder:
-    """The best order found. The same table gives the same result, whichever way its rows are shuffled."""
+def choose_order(items: FreeItems, good_enough: float = 0.0) -> FieldOrder:
+    """The best order found. The same table gives the same result, whichever way its rows are shuffled.
+
+    `good_enough`: the search ends when no order can save more than this share of all items beyond the best one found.
+    """
     items = _with_repeats(items)
     position = _positions(items.ptr)
-    given = saved_length(items)
-    best, best_saved = position, given
-    if items.num_rows > 1 and len(items.item):
-        for order in _candidates(items, position):
-            saved = saved_length(items, order)
-            if saved > best_saved:
-                best, best_saved = order, saved
+    given, most = saved_length(items), _most_saved(items)
     total = int(items.length[items.item].sum())
+    best, best_saved = position, given
+    candidates = _candidates(items, position)
+    while most - best_saved > good_enough * total and (order := next(candidates, None)) is not None:
+        saved = saved_length(items, order)
+        if saved > best_saved:
+            best, best_saved = order, saved
     return FieldOrder(items.ptr, best, ReorderGain(total, given, best_saved))
 
 
 def estimate_reorder_gain(items: FreeItems) -> ReorderGain:
-    """What `choose_order` would save, for a report."""
-    return choose_order(items).gain
+    """What `choose_order` would save, for a report: to a hundredth of all items, in a fraction of the time."""
+    return choose_order(items, good_enough=0.01).gain
+
+
+def _most_saved(items: FreeItems) -> int:
+    """What no order can exceed: every item computed once for each lead. Rows are sets."""
+    lead = np.repeat(items.lead, np.diff(items.ptr))
+    key, count = np.unique(lead * max(1, len(items.length)) + items.item, return_counts=True)
+    return int((items.length[key % max(1, len(items.length))] * (count - 1)).sum())
 
 
 def saved_length(items: FreeItems, order: IntArray | None = None) -> int:

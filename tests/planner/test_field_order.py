@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from batchllm.planner.field_order import (
     FieldOrder,
     FreeItems,
+    _most_saved,
     choose_order,
     estimate_reorder_gain,
     intern_items,
@@ -84,6 +85,24 @@ def test_against_all_orders(items: FreeItems) -> None:
     assert trie_saving(chosen, length, lead) >= order.gain.saved
     assert 3 * order.gain.saved >= 2 * best
     assert order.gain.total == sum(length[item] for row in rows for item in row)
+    if all(len(set(row)) == len(row) for row in rows):
+        assert _most_saved(items) >= best
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(lists(12, 6, 12), tables(12, 4)))
+def test_an_estimate_is_less_by_a_hundredth_at_most(items: FreeItems) -> None:
+    gain, estimate = choose_order(items).gain, estimate_reorder_gain(items)
+    assert gain.saved - 0.01 * gain.total <= estimate.saved <= gain.saved
+    assert (estimate.total, estimate.saved_as_given) == (gain.total, gain.saved_as_given)
+
+
+def test_no_search_where_the_given_order_cannot_be_beaten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document first, then questions of which one in a hundred comes twice."""
+    monkeypatch.setattr("batchllm.planner.field_order.search", None)
+    rows = [[row % 10, 10 + row % 297] for row in range(300)]
+    assert choose_order(items_of(rows[:200], [500] * 10 + [40] * 297)).gain.gain == 0
+    assert estimate_reorder_gain(items_of(rows, [500] * 10 + [40] * 297)).gain == 0
 
 
 def test_usually_the_best() -> None:

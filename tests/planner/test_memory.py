@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batchllm.planner.memory import FOREVER, fits, how_many_fit, peak_tokens
 
@@ -24,11 +26,17 @@ def random_state(rng):
     return rng.integers(0, 20, size=n), rng.integers(1, 12, size=n), rng.integers(0, 30, size=m), until
 
 
-def test_peak_is_that_of_every_step():
-    rng = np.random.default_rng(3)
-    for _ in range(3000):
-        state = random_state(rng)
-        assert peak_tokens(*state) == walked_peak(*(part.tolist() for part in state))
+RUNNING = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 12)), max_size=7)  # (current, remaining)
+SHARED = st.lists(st.tuples(st.integers(0, 30), st.just(FOREVER) | st.integers(0, 14)), max_size=5)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(RUNNING, SHARED)
+def test_peak_is_that_of_every_step(running, shared):
+    current, remaining = np.array(running, dtype=np.int64).reshape(-1, 2).T
+    tokens, until = np.array(shared, dtype=np.int64).reshape(-1, 2).T
+    expected = walked_peak(current.tolist(), remaining.tolist(), tokens.tolist(), until.tolist())
+    assert peak_tokens(current, remaining, tokens, until) == expected
 
 
 def test_fits_is_exact():

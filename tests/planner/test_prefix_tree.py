@@ -34,7 +34,7 @@ def test_random_tries():
         check_tree(tree, rows)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.sets(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), max_size=12))
 def test_every_trie_equals_the_one_of_sets(prompts):
     rows = sorted(prompts)

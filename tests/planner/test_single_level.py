@@ -68,7 +68,7 @@ def check_groups(tree, ending, groups) -> None:
     assert groups.saved_tokens == int(((members - 1) * groups.prefix_tokens).sum())
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(STRETCHED)
 def test_the_optimum_is_the_best_of_all_choices(prompts):
     tree, ending = trie_of(prompts)
@@ -77,7 +77,7 @@ def test_the_optimum_is_the_best_of_all_choices(prompts):
     assert groups.saved_tokens == most_saved(tree, ending)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(STRETCHED)
 def test_the_published_rule_is_that_of_a_tree_of_objects(prompts):
     tree, ending = trie_of(prompts)
