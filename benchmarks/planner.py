@@ -1,12 +1,14 @@
 """How long planning takes, and how much memory: synthetic jobs, generated on the fly into a memory-mapped token file.
 
-    python -m benchmarks.planner                        # 100k x 1000, 1M x 1000, 10M x 100; needs 4 GB of disk
+    python -m benchmarks.planner                        # 100k x 1000, 1M x 1000, 10M x 100; needs 8.4 GB of disk
+    python -m benchmarks.planner --repeats 3 --scratch tokens   # all in turn, three times; token files are kept
     python -m benchmarks.planner --cases 100000x1000 --out small.json
     python -m benchmarks.planner --cases 100000         # rows that each extend the last one by a token: so many levels
 
 Rows share on three levels, in random order: a root, a document per 1000 rows, a part of it per 20 rows, then an end of
-their own. Each case is a process of its own. Peak memory is what the kernel counts, the pages of the token file that
-were read included; `heap` is without those.
+their own. Each run is a process of its own. Peak memory is what the kernel counts, the pages of the token file that
+were read included; `heap` is without those. Of several runs the median is reported. `per_row_against_first`: time per
+row over that of the first case in the same turn, so that a machine that changes its speed counts for little.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import json
 import mmap
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -130,46 +134,81 @@ def _now(kind: str) -> int:
     return 0
 
 
+def token_file(case: str, folder: Path) -> Path:
+    """Generated, unless it is there."""
+    rows, length = map(int, case.split("x"))
+    path = folder / case / "tokens"
+    if not path.exists() or path.stat().st_size != 4 * rows * length:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        generate(path, rows, length)
+    return path
+
+
+def measure_apart(case: str, file: Path | None, order: str) -> dict[str, Any]:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.planner", "--cases", case, "--order", order]
+    done = subprocess.run(
+        [*command, "--measure-file", str(file or os.devnull)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise click.ClickException(done.stderr[-2000:])
+    found: dict[str, Any] = json.loads(done.stdout)
+    click.echo(f"{case}: {found['seconds']} s")
+    return found
+
+
+def summed_up(runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median time, and what all of them took. `first`: of the first case, in the same turns."""
+    median = sorted(runs, key=lambda run: run["seconds"])[(len(runs) - 1) // 2]
+    against = [_per_row(run) / max(1e-9, _per_row(other)) for run, other in zip(runs, first)]
+    return {
+        **median,
+        "seconds_of_runs": [run["seconds"] for run in runs],
+        "per_row_against_first": round(statistics.median(against), 3),
+    }
+
+
+def _per_row(run: dict[str, Any]) -> float:
+    return float(run["seconds"]) / int(run["rows"])
+
+
 @click.command()
 @click.option(
     "--cases", default="100000x1000,1000000x1000,10000000x100", help="ROWSxTOKENS or LEVELS, comma-separated"
 )
 @click.option("--order", default="decode_ratio")
-@click.option("--scratch", type=click.Path(path_type=Path), default=None, help="folder for the token file")
+@click.option("--repeats", type=click.IntRange(min=1), default=1)
+@click.option("--scratch", type=click.Path(path_type=Path), default=None, help="keeps the token files")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=None, help="default: results/DATE-planner.json"
 )
 @click.option("--measure-file", type=click.Path(path_type=Path), default=None, hidden=True)
 def main(
-    cases: str, order: OrderName, scratch: Path | None, out: Path | None, measure_file: Path | None
+    cases: str,
+    order: OrderName,
+    repeats: int,
+    scratch: Path | None,
+    out: Path | None,
+    measure_file: Path | None,
 ) -> None:
-    """Plans every case once."""
+    """Plans every case `repeats` times, all cases in turn."""
     if measure_file is not None:
-        rows, length = map(int, cases.split("x"))
-        click.echo(json.dumps(measure(measure_file, rows, length, order)))
+        rows, *length = map(int, cases.split("x"))
+        found = measure(measure_file, rows, length[0], order) if length else measure_nested(rows)
+        click.echo(json.dumps(found))
         return
-    found = []
-    for case in cases.split(","):
-        if "x" not in case:
-            found.append(measure_nested(int(case)))
-            click.echo(json.dumps(found[-1], indent=2))
-            continue
-        rows, length = map(int, case.split("x"))
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            path = Path(folder) / "tokens"
-            generate(path, rows, length)
-            command = [sys.executable, "-m", "benchmarks.planner", "--cases", case, "--order", order]
-            done = subprocess.run([*command, "--measure-file", str(path)], capture_output=True, text=True)
-        if done.returncode:
-            raise click.ClickException(done.stderr[-2000:])
-        found.append(json.loads(done.stdout))
-        click.echo(json.dumps(found[-1], indent=2))
+    names = cases.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        files = {case: token_file(case, scratch or Path(folder)) if "x" in case else None for case in names}
+        turns = [[measure_apart(case, files[case], order) for case in names] for _ in range(repeats)]
+    runs = [list(case) for case in zip(*turns)]
     report = {
         "date": date.today().isoformat(),
         "cpus": os.cpu_count(),
         "versions": dict(versions()),
-        "cases": found,
+        "cases": [summed_up(case, runs[0]) for case in runs],
     }
+    click.echo(json.dumps(report["cases"], indent=2))
     target = out or _RESULTS / f"{report['date']}-planner.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=2) + "\n")
