@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from batchllm.answers import answers_of, error_of, faults_of
 from batchllm.candidates import Candidates
 from batchllm.core import Plan, PlanStats, PromptTable, RequestResult, RequestTable, SequenceResult
+from batchllm.dataset.answer_cache import AnswerCache
 from batchllm.dataset.results import ResultStore
 from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
@@ -53,6 +54,7 @@ class Execution:
     model: LoadedModel | None  # None: not loaded yet
     past: PastLengths | None  # answers of an earlier run
     candidates: Candidates  # what is computed for the requests
+    cache: AnswerCache | None = None  # of answers across jobs
     distinct_tokens: int = 0  # of the prompts that had no answer yet
     plans: list[PlanStats] = field(default_factory=list)  # one after another, as for the following
     forecasts: list[Forecast | None] = field(default_factory=list)
@@ -64,7 +66,10 @@ class Execution:
 
     def add(self, results: Sequence[RequestResult]) -> None:
         """Answers to candidates: those that settle what is owed are written."""
-        self.store.add(self.candidates.settle(results, self.store.done))
+        settled = self.candidates.settle(results, self.store.done)
+        if self.cache is not None:
+            self.cache.add(settled)
+        self.store.add(settled)
 
 
 def answer_all(run: Execution) -> None:
@@ -72,6 +77,8 @@ def answer_all(run: Execution) -> None:
     job, store, candidates = run.job, run.store, run.candidates
     prompts, requests = candidates.prompts, candidates.requests
     run.add(faults_of(candidates.pending(store.done), prompts, requests))
+    if run.cache is not None:
+        store.add(run.cache.found(~store.done))
     if store.done.all():
         return
     from batchllm.executor.budget import too_long

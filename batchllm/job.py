@@ -149,9 +149,9 @@ def _make(mapping: Mapping[Any, Any], base_dir: Path, source: str, overrides: Se
 
 
 def _with_absolute_paths(spec: JobSpec, base_dir: Path, where: Callable[[str], str]) -> JobSpec:
-    sections = {}
+    sections: dict[str, Any] = {}
     for section, name, resolve in _PATHS:
-        values = getattr(spec, section)
+        values = sections.get(section, getattr(spec, section))
         path = getattr(values, name)
         if path is None:
             continue
@@ -210,8 +210,9 @@ _PATHS: tuple[tuple[str, str, Callable[[Any, Path], str | Path]], ...] = (
     ("model", "path", model_path),
     ("input", "path", input_path),
     ("output", "path", output_path),
+    ("output", "cache", output_path),
     ("plan", "history", history_path),
 )
 _TEXT_KEYS = frozenset(
-    "model.path input.path input.id prompt.text prompt.column output.path plan.history".split()
+    "model.path input.path input.id prompt.text prompt.column output.path output.cache plan.history".split()
 )

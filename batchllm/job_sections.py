@@ -221,6 +221,7 @@ class OutputSpec(Section):
     keep: KeptColumns = ()
     part_rows: Count = 10_000
     flush_seconds: Seconds = 10.0
+    cache: Path | None = None  # absolute: a folder of answers that jobs share
 
 
 class EngineSpec(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchllm.candidates import Candidates
+from batchllm.dataset.answer_cache import AnswerCache
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
@@ -112,6 +113,8 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             run = Execution(
                 job, tokenizer, progress, watch, prompts, requests, store, placement, model, past, candidates
             )
+            if job.output.cache is not None:
+                run.cache = AnswerCache(job.output.cache, prompts, requests, configuration)
             interrupted = _answer_and_finish(run)
             return _summary(run, rows.reordering_saves, interrupted)
 
@@ -135,7 +138,11 @@ def _answer_and_finish(run: Execution) -> bool:
     for note in run.store.notes:
         run.progress.note(note)
     try:
-        answer_all(run)
+        try:
+            answer_all(run)
+        finally:
+            if run.cache is not None:
+                run.cache.flush()
         with run.watch.time("write"):
             run.store.finish()
     except KeyboardInterrupt:

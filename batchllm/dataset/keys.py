@@ -56,6 +56,12 @@ def make_requests(prompts: PromptTable, ids: pa.ChunkedArray | None, configurati
     return requests
 
 
+def content_keys(prompts: PromptTable, configuration: bytes) -> KeyArray:
+    """[rows, 2] what a greedy answer is made from: configuration, parameters and prompt, whatever the row's id."""
+    heads = [_framed(configuration, sampling_identity(params)) for params in prompts.params]
+    return _digests(_Contents(prompts, None, [xxh3_128_digest(head) for head in heads]), xxh3_128_digest)
+
+
 def _request_table(prompts: PromptTable, digests: KeyArray, digest: Digest) -> RequestTable:
     occurrence = rank_among_equals(digests)
     samples_of = np.array([p.n for p in prompts.params], dtype=np.int64)
