@@ -19,7 +19,7 @@ from batchllm.openai_batch.commands import convert_batch, run_batch
 
 # Everything else is imported where it is used: help and wrong arguments must not wait for torch.
 
-EXIT_OK, EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAULT, EXIT_USER, EXIT_FAILED_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 _INTERRUPTED = "interrupted; run the same command again to go on"
 
 
@@ -143,6 +143,29 @@ def evaluate(job: str, overrides: Sequence[str], previous: str | None, overwrite
     if not quiet:
         click.echo(summary.text)
     return summary.exit_code
+
+
+@cli.command()
+@click.argument("job", type=click.Path())
+@_set_option
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Only the chunks of the first N rows.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def precompute(job: str, overrides: Sequence[str], limit: int | None, quiet: bool) -> int:
+    """Compute the chunks of JOB and put them into its store, for `batchllm run` to use.
+
+    Running it again adds what is missing.
+    """
+    from batchllm.job import load_job
+
+    limits = [] if limit is None else [f"input.limit={limit}"]
+    spec = load_job(job, [*overrides, *limits])
+
+    from batchllm.chunk_precompute import precompute_job
+
+    summary = precompute_job(spec, quiet=quiet)
+    if not quiet:
+        click.echo(summary.text)
+    return EXIT_FAILED_ROWS if summary.faulty_rows else EXIT_OK
 
 
 cli.add_command(chunks)

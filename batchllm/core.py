@@ -106,6 +106,20 @@ class ScoreTable:
 
 
 @dataclass(frozen=True)
+class ChunkTable:
+    """Where the chunks (passages) of each row stand in its prompt: ascending, apart from each other, none empty."""
+
+    ptr: IntArray  # [rows + 1] CSR into the chunks
+    begin: IntArray  # [chunks] first token, counted from the beginning of the row's prompt
+    end: IntArray  # [chunks] one past the last token
+
+    def of(self, row: int) -> list[tuple[int, int]]:
+        """(begin, end) of each chunk of a row."""
+        chunks = slice(int(self.ptr[row]), int(self.ptr[row + 1]))
+        return list(zip(self.begin[chunks].tolist(), self.end[chunks].tolist()))
+
+
+@dataclass(frozen=True)
 class RequestTable:
     """The answers owed, in input order, and the identity of each: content + configuration, never a row number."""
 

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from batchllm.answers import answers_of, error_of, faults_of
 from batchllm.candidates import Candidates
-from batchllm.core import Plan, PlanStats, PromptTable, RequestResult, RequestTable, SequenceResult
+from batchllm.core import (
+    ChunkTable,
+    Plan,
+    PlanStats,
+    PromptTable,
+    RequestResult,
+    RequestTable,
+    SequenceResult,
+)
 from batchllm.dataset.answer_cache import AnswerCache
 from batchllm.dataset.results import ResultStore
 from batchllm.executor.model_folder import fingerprint
@@ -29,9 +37,11 @@ from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from batchllm.chunk_reuse import ChunkReuse
     from batchllm.executor.device import Placement
     from batchllm.executor.engine import Engine, EngineOptions, EngineStats
     from batchllm.executor.model import ModelRunner
+    from batchllm.reuse_quality import ReuseSample, SampleRunner
 
 
 class LoadedModel(NamedTuple):
@@ -55,6 +65,9 @@ class Execution:
     past: PastLengths | None  # answers of an earlier run
     candidates: Candidates  # what is computed for the requests
     cache: AnswerCache | None = None  # of answers across jobs
+    chunks: ChunkTable | None = None
+    reuse: ChunkReuse | None = None  # of stored chunks; opened with the model
+    sample: ReuseSample | None = None  # answered both ways, where reuse may change answers
     distinct_tokens: int = 0  # of the prompts that had no answer yet
     plans: list[PlanStats] = field(default_factory=list)  # one after another, as for the following
     forecasts: list[Forecast | None] = field(default_factory=list)
@@ -84,6 +97,7 @@ def answer_all(run: Execution) -> None:
     from batchllm.executor.budget import too_long
 
     run.model = run.model or load_checked_model(job, run.watch, run.placement)
+    _open_chunks(run)
     hopeless, reason = too_long(prompts, requests, candidates.pending(store.done), run.model.kv_tokens)
     run.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"):
@@ -91,14 +105,61 @@ def answer_all(run: Execution) -> None:
         run.distinct_tokens = draft.tree.distinct_tokens
         groups = draft.row_group
         first = _first(draft, job.plan.sample_rows)
+    _begin_sample(run)
     if first is None:
         _carry_out(run, draft, _known_lengths(run, groups), "plan.parquet")
+    else:
+        for requested, file in ((first, "plan-sample.parquet"), (~first, "plan.parquet")):
+            with run.watch.time("plan"):
+                todo = requested & candidates.pending(store.done)
+                draft = draft_plan(prompts, requests, todo, plan_options(job, groups))
+            _carry_out(run, draft, _known_lengths(run, groups), file)
+    _finish_sample(run)
+
+
+def _open_chunks(run: Execution) -> None:
+    """The store of `chunks.store`, if the job reuses any."""
+    if run.chunks is None or run.reuse is not None:
         return
-    for requested, file in ((first, "plan-sample.parquet"), (~first, "plan.parquet")):
-        with run.watch.time("plan"):
-            todo = requested & candidates.pending(store.done)
-            draft = draft_plan(prompts, requests, todo, plan_options(job, groups))
-        _carry_out(run, draft, _known_lengths(run, groups), file)
+    from batchllm.chunk_reuse import ChunkReuse, chunk_notes
+
+    assert run.model is not None
+    prompts = run.candidates.prompts
+    with run.watch.time("load"):
+        run.reuse = ChunkReuse.open(run.job, run.model.model, prompts, run.chunks)
+    if run.reuse is not None:
+        for note in (*run.reuse.notes(), *chunk_notes(run.chunks, prompts)):
+            run.progress.note(note)
+
+
+def _begin_sample(run: Execution) -> None:
+    """Chooses the answers that measure lossy reuse, and finds the budget that keeps `chunks.target_quality`."""
+    if run.reuse is None or not run.reuse.spec.lossy:
+        return
+    from batchllm.reuse_quality import ReuseSample, choose_sample, reach_target
+
+    run.sample = ReuseSample(choose_sample(run.reuse.spec, run.candidates.pending(run.store.done)))
+    if run.reuse.spec.target_quality is not None:
+        with run.watch.time("quality"):
+            target = run.reuse.spec.target_quality
+            run.progress.note(reach_target(_sample_runner(run), run.sample, run.reuse, target))
+        run.reuse.figures.clear()  # of the run alone
+
+
+def _finish_sample(run: Execution) -> None:
+    if run.sample is not None and not run.sample.full:
+        with run.watch.time("quality"):
+            run.sample.full = _sample_runner(run).answer(run.sample.chosen, None)
+    for problem in run.reuse.store.problems if run.reuse is not None else ():
+        run.progress.note(problem)
+
+
+def _sample_runner(run: Execution) -> SampleRunner:
+    from batchllm.reuse_quality import SampleRunner
+
+    assert run.model is not None
+    owed = run.candidates
+    return SampleRunner(run.job, *run.model, run.tokenizer, owed.prompts, owed.requests)
 
 
 def _known_lengths(run: Execution, groups: NDArray[np.int32]) -> LengthEstimator:
@@ -164,12 +225,21 @@ def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: L
     from batchllm.executor.budget import engine_options
     from batchllm.executor.engine import Engine
     from batchllm.executor.stopping import StopRules, end_of_sequence_ids
+    from batchllm.reuse_quality import stored_chunks_for
 
     rules = StopRules(end_of_sequence_ids(model.model.generation_config, run.tokenizer), run.tokenizer)
     on_gpu = run.placement.gpu is not None
     options = engine_options(plan, prompts, kv_tokens, run.job.engine.max_step_tokens, gpu=on_gpu)
     run.forecasts.append(_forecast(run, plan, lengths, options))
-    engine = Engine(model, plan, prompts, requests, rules, options, lengths)
+    with stored_chunks_for(run.reuse, plan) as stored:
+        engine = Engine(model, plan, prompts, requests, rules, options, lengths, stored=stored)
+        _run_engine(run, engine, plan, expected)
+
+
+def _run_engine(run: Execution, engine: Engine, plan: Plan, expected: NDArray[np.int64]) -> None:
+    assert run.model is not None
+    model, kv_tokens = run.model
+    prompts, requests = run.candidates.prompts, run.candidates.requests
     run.engines.append(engine.stats)
     run.kv_token_bytes = model.backend.bytes_per_token(model.layers, model.dtype)
     run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
@@ -181,7 +251,9 @@ def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: L
             _compare_lengths(run.planned_lengths, expected, finished)
             with run.watch.time("write"):
                 run.add(answers)
-            _show(stage, done, engine, options.kv_tokens, plan.stats)
+            if run.sample is not None:
+                run.sample.see(answers)
+            _show(stage, done, engine, engine.pool.capacity, plan.stats)
 
 
 def _compare_lengths(
@@ -196,8 +268,10 @@ def _compare_lengths(
 def _forecast(
     run: Execution, plan: Plan, lengths: LengthEstimator, options: EngineOptions
 ) -> Forecast | None:
-    """None when it fails: a run is not given up because it could not be foreseen."""
+    """None when it fails: a run is not given up because it could not be foreseen. Reuse of chunks is not foreseen."""
     assert run.model is not None
+    if run.reuse is not None:
+        return None
     with run.watch.time("plan"):
         try:
             model_fingerprint = fingerprint(run.job.model.path, run.job.model.quantize)

@@ -9,6 +9,7 @@
     output:   {path, keep, part_rows, flush_seconds}
     engine:   {device, kv_memory, max_step_tokens, order, workers, min_shared_tokens}
     plan:     {history, sample_rows}
+    chunks:   {column, store, reuse, ...}              passages whose KV is reused
 
 A key whose value is null counts as not given. Relative paths start at the job file's own folder.
 """
@@ -27,6 +28,7 @@ from batchllm.errors import JobError
 from batchllm.job_errors import HIDDEN, complaint, describe, first_error, key_path, unknown_key
 from batchllm.job_paths import history_path, input_path, model_path, output_path
 from batchllm.job_sections import (
+    ChunksSpec,
     ColumnRef,
     EngineSpec,
     GenerateSpec,
@@ -45,6 +47,7 @@ from batchllm.job_values import parse_bytes
 from batchllm.job_yaml import Override, apply_overrides, parse_override, parse_yaml
 
 __all__ = [
+    "ChunksSpec",
     "ColumnRef",
     "EngineSpec",
     "GenerateSpec",
@@ -74,6 +77,7 @@ class JobSpec(Section):
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
     plan: PlanSpec = PlanSpec()
+    chunks: ChunksSpec | None = None
     _source: str = PrivateAttr("job")
 
     @property
@@ -82,7 +86,7 @@ class JobSpec(Section):
 
     def resolved(self) -> dict[str, Any]:
         """The whole job as plain YAML-ready values, defaults included; `make_job` gives the same job back."""
-        sections: dict[str, dict[str, Any]] = self.model_dump(mode="json")
+        sections: dict[str, dict[str, Any] | None] = self.model_dump(mode="json")
         return {
             name: {key: value for key, value in section.items() if value is not None}
             for name, section in sections.items()
@@ -136,13 +140,13 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, object]) -> list[Ov
 def _make(mapping: Mapping[Any, Any], base_dir: Path, source: str, overrides: Sequence[Override]) -> JobSpec:
     where = _error_source(source, overrides)
     values = apply_overrides(mapping, overrides)
-    if values.pop("chunks", None) is not None:
-        raise JobError(f"{where('chunks')}: this version of BatchLLM has no chunks; remove the section")
     try:
         spec = JobSpec.model_validate(values)
     except ValidationError as failure:
         error = first_error(failure.errors(include_url=False))
         raise JobError(f"{where(key_path(error['loc']))}: {_sentence(error['loc'], error)}") from None
+    if spec.score is not None and spec.chunks is not None:
+        raise JobError(f"{where('chunks')}: score and chunks do not go together; remove one of the sections")
     spec = _with_absolute_paths(spec, base_dir, where)
     spec._source = source
     return spec
@@ -152,7 +156,7 @@ def _with_absolute_paths(spec: JobSpec, base_dir: Path, where: Callable[[str], s
     sections: dict[str, Any] = {}
     for section, name, resolve in _PATHS:
         values = sections.get(section, getattr(spec, section))
-        path = getattr(values, name)
+        path = getattr(values, name, None)
         if path is None:
             continue
         try:
@@ -212,7 +216,9 @@ _PATHS: tuple[tuple[str, str, Callable[[Any, Path], str | Path]], ...] = (
     ("output", "path", output_path),
     ("output", "cache", output_path),
     ("plan", "history", history_path),
+    ("chunks", "store", output_path),
 )
 _TEXT_KEYS = frozenset(
-    "model.path input.path input.id prompt.text prompt.column output.path output.cache plan.history".split()
+    "model.path input.path input.id prompt.text prompt.column output.path output.cache plan.history "
+    "chunks.column chunks.store".split()
 )

@@ -28,8 +28,10 @@ from batchllm.job_values import (
     Pattern,
     Penalty,
     Reorder,
+    ReuseMode,
     Seconds,
     Seed,
+    Share,
     StopStrings,
     StopTokens,
     Temperature,
@@ -238,6 +240,41 @@ class PlanSpec(Section):
 
     history: Path | None = None  # absolute: the output folder of an earlier run
     sample_rows: Count | None = None  # so many rows, chosen at random, are run before the rest is planned
+
+
+class ChunksSpec(Section):
+    """Passages whose KV is kept in a store (`batchllm precompute`) and reused wherever they stand in a prompt."""
+
+    column: Text  # a list column; the template shows its elements
+    store: Path  # absolute
+    reuse: ReuseMode = "exact"
+    rule: Literal["most_sensitive", "cache_craft", "first_tokens", "largest_deviation"] = "most_sensitive"
+    recompute: Share | None = (
+        None  # of the reused tokens, with repair; 0.15 where neither this nor a target is given
+    )
+    target_quality: Share | None = None  # share of a sample that must be answered as without reuse
+    sample: Share = (
+        0.02  # of the answers, at least 50: answered both ways, to measure the quality of lossy reuse
+    )
+    contexts: Count = 4  # that each chunk is computed in, to know what of it depends on them
+    variants: Count = 2  # of them, stored with their KV
+    codec: Literal["raw", "bf16", "fp8", "int8", "int4"] = "raw"
+    store_limit: Bytes | None = None
+    host_memory: Bytes = "auto"  # for KV on its way from the store into KV memory
+
+    @model_validator(mode="after")
+    def _one_knob(self) -> ChunksSpec:
+        given = [name for name in ("recompute", "target_quality") if getattr(self, name) is not None]
+        if len(given) == 2:
+            raise ValueError("has recompute and target_quality: give one, the other follows from it")
+        if given and self.reuse != "repair":
+            raise ValueError(f"has {given[0]}, which is for reuse: repair; found reuse: {self.reuse}")
+        return self
+
+    @property
+    def lossy(self) -> bool:
+        """Whether answers may differ from those of a full computation."""
+        return self.reuse in ("naive", "repair")
 
 
 def valid_params(values: Mapping[str, object]) -> dict[str, Any]:

@@ -137,6 +137,11 @@ def _reorder(value: object) -> object:
     raise ValueError(f"must be the name of a list column or a list of columns, found {describe(value)}")
 
 
+def _off_is_text(value: object) -> object:
+    return "off" if value is False else value  # YAML reads `off` as false
+
+
+ReuseMode = Annotated[Literal["off", "exact", "naive", "repair"], BeforeValidator(_off_is_text)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 PathText = Annotated[str, BeforeValidator(_path_text), Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -160,5 +165,6 @@ Reorder = Annotated[str | tuple[str, ...], BeforeValidator(_reorder)]
 Bytes = Annotated[int | Literal["auto"], BeforeValidator(_bytes_or_auto)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 OneWorker = Annotated[int, BeforeValidator(_only_one_worker)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Limit = Annotated[int, Field(strict=True, ge=0)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchllm.candidates import Candidates
+from batchllm.chunkcache.store import check_store
 from batchllm.dataset.answer_cache import AnswerCache
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
@@ -16,6 +17,7 @@ from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.errors import JobError
 from batchllm.execution import Execution, answer_all, load_checked_model
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.grammars import refuse_impossible_structures
@@ -76,6 +78,12 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     data = open_input(job.input, job.source)
     validate_columns(job, data.schema)
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
+    if job.chunks is not None and job.chunks.reuse != "off":
+        check_store(job.chunks.store)
+        if placement.gpu is not None:
+            raise JobError(
+                f"{job.source}: chunks: stored chunks are reused on the CPU only; set engine.device to cpu"
+            )
     with claim_output(job.output.path, identity, overwrite) as claim:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, claim.work_dir, stage)
@@ -111,7 +119,18 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             claim=claim,
         ) as store:
             run = Execution(
-                job, tokenizer, progress, watch, prompts, requests, store, placement, model, past, candidates
+                job,
+                tokenizer,
+                progress,
+                watch,
+                prompts,
+                requests,
+                store,
+                placement,
+                model,
+                past,
+                candidates,
+                chunks=rows.chunks,
             )
             if job.output.cache is not None:
                 run.cache = AnswerCache(job.output.cache, prompts, requests, configuration)
@@ -154,11 +173,30 @@ def _answer_and_finish(run: Execution) -> bool:
 def _configuration(job: JobSpec) -> bytes:
     """Everything outside the rows that decides the text of an answer."""
     weights = fingerprint(job.model.path, job.model.quantize)
-    return json.dumps({"model": weights, "dtype": job.model.dtype}).encode()
+    decisive: dict[str, Any] = {"model": weights, "dtype": job.model.dtype}
+    if job.chunks is not None and job.chunks.lossy:
+        kept = ("reuse", "rule", "recompute", "target_quality")
+        decisive["chunks"] = {name: getattr(job.chunks, name) for name in kept} | {
+            "store": str(job.chunks.store)
+        }
+    return json.dumps(decisive).encode()
 
 
 def _text_size(config: Any, name: str) -> int | None:
     return getattr(config.get_text_config(), name, None)
+
+
+def _chunk_figures(run: Execution) -> dict[str, Any]:
+    """What was reused, and what it did to answers."""
+    if run.reuse is None:
+        return {}
+    figures: dict[str, Any] = {"reuse": run.reuse.spec.reuse, **run.reuse.figures}
+    if run.reuse.spec.lossy:
+        figures |= {"rule": run.reuse.spec.rule, "recompute": run.reuse.share}
+    if run.sample is not None and run.sample.full:
+        figures["quality"] = run.sample.quality().figures()
+        figures["tried"] = {f"{share:g}": quality.figures() for share, quality in run.sample.tried}
+    return figures
 
 
 def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSummary:
@@ -187,6 +225,7 @@ def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSum
             "planned": run.planned_lengths.figures(),
             "refreshed": run.refreshed_lengths.figures(),
         },
+        chunks=_chunk_figures(run),
     )
     write_metrics(path / "_run" / "metrics.json", metrics)
     return _summary_of(path, metrics, interrupted)

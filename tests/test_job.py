@@ -124,7 +124,7 @@ def test_job_cannot_be_changed(tmp_path: Path) -> None:
             "workers, min_shared_tokens",
         ),
         ({**SMALLEST, 3: 1}, "3 is not a known key; the keys of a job file are model, input, prompt, "
-         "generate, score, output, engine, plan"),
+         "generate, score, output, engine, plan, chunks"),
         (job_with(output=None), "output is missing"),
         (job_with(input={"path": None}), "input.path is missing"),
         (job_with(generate=[1]), "generate must be a mapping, found a list"),
@@ -190,7 +190,27 @@ def test_job_cannot_be_changed(tmp_path: Path) -> None:
             job_with(score={"continuations": ["a"]}),
             "score.continuations is not a known key; did you mean score.continuation?",
         ),
-        (job_with(chunks={"column": "c"}), "this version of BatchLLM has no chunks; remove the section"),
+        (job_with(chunks={"column": "c"}), "chunks.store is missing"),
+        (
+            job_with(chunks={"column": "c", "store": "s", "reuse": "all"}),
+            "chunks.reuse must be off, exact, naive or repair, found the text `all`",
+        ),
+        (
+            job_with(chunks={"column": "c", "store": "s", "recompute": 0.1}),
+            "chunks has recompute, which is for reuse: repair; found reuse: exact",
+        ),
+        (
+            job_with(
+                chunks={
+                    "column": "c",
+                    "store": "s",
+                    "reuse": "repair",
+                    "recompute": 0.1,
+                    "target_quality": 0.99,
+                }
+            ),
+            "chunks has recompute and target_quality: give one, the other follows from it",
+        ),
         (job_with(model={"path": "./missing"}), "model.path names no folder: `/jobs/missing` does not exist"),
     ],
 )  # fmt: skip

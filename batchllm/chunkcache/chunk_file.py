@@ -29,7 +29,7 @@ from batchllm.core import TokenArray
 Bytes = NDArray[np.uint8]
 
 _MAGIC = b"BLLMCHNK"
-_VERSION = 1
+_VERSION = 2
 _ALIGN = 64
 _FIXED = struct.Struct("<8sHHIQ16s16s16sIII8s8sff4x")
 
@@ -78,7 +78,10 @@ class ChunkStatistics:
     Attention weights are averaged over heads and layers.
     """
 
-    outside: NDArray[np.float32]  # [tokens] weight each token gave to everything before the chunk
+    outside: NDArray[np.float32]  # [tokens] weight each token gave to the chunks before
+    sensitivity: NDArray[
+        np.float32
+    ]  # [tokens] how differently its K came out in other contexts; 0: not known
     context_chunks: NDArray[np.float32]  # [chunks of the context] weight given to each, summed over tokens
     outside_mean: float  # mean over layers of sum of weights to context chunks / (their tokens * own tokens)
     inside_mean: float  # mean over layers of weights within the chunk / own tokens squared
@@ -127,6 +130,7 @@ def write_chunk_file(path: str, header: ChunkHeader, layers: Sequence[EncodedLay
             _FIXED.pack(*_fixed_fields(header, len(layers), file_bytes(header, layers))),
             np.ascontiguousarray(header.tokens, "<i4").tobytes(),
             np.ascontiguousarray(header.statistics.outside, "<f4").tobytes(),
+            np.ascontiguousarray(header.statistics.sensitivity, "<f4").tobytes(),
             b"".join(header.context.chunks),
             np.ascontiguousarray(header.statistics.context_chunks, "<f4").tobytes(),
             table.tobytes(),
@@ -226,6 +230,8 @@ class ChunkFile:
         at = _FIXED.size + self.tokens.nbytes
         outside = np.frombuffer(body, "<f4", fixed.num_tokens, at)
         at += outside.nbytes
+        sensitivity = np.frombuffer(body, "<f4", fixed.num_tokens, at)
+        at += sensitivity.nbytes
         names = body[at : at + DIGEST_BYTES * fixed.context_chunks]
         chunks = tuple(names[i : i + DIGEST_BYTES] for i in range(0, len(names), DIGEST_BYTES))
         to_chunks = np.frombuffer(body, "<f4", fixed.context_chunks, at + len(names))
@@ -234,7 +240,7 @@ class ChunkFile:
             fixed.key,
             self.tokens,
             ChunkContext(fixed.context, fixed.context_tokens, chunks),
-            ChunkStatistics(outside, to_chunks, fixed.outside_mean, fixed.inside_mean),
+            ChunkStatistics(outside, sensitivity, to_chunks, fixed.outside_mean, fixed.inside_mean),
             fixed.codec.rstrip(b"\0").decode(),
             fixed.dtype.rstrip(b"\0").decode(),
         )
@@ -282,7 +288,7 @@ def _fixed_fields(header: ChunkHeader, num_layers: int, length: int) -> _Fixed:
 
 def _header_bytes(tokens: int, chunks: int, layers: int) -> int:
     """Of everything before the first layer, checksum included."""
-    return _FIXED.size + tokens * 8 + chunks * (DIGEST_BYTES + 4) + layers * _LAYER.itemsize + 8
+    return _FIXED.size + tokens * 12 + chunks * (DIGEST_BYTES + 4) + layers * _LAYER.itemsize + 8
 
 
 def _aligned(offset: int) -> int:

@@ -73,6 +73,13 @@ class PlacedKeys:
         self._layouts = rotation.layouts
         self._tables = [table.cos_sin(positions, rotation.dtype) for table in rotation.tables]
 
+    def select(self, index: Tensor) -> PlacedKeys:
+        """Those of some of the positions. Runs no code of the model: for use in other threads."""
+        chosen = object.__new__(PlacedKeys)
+        chosen._layouts = self._layouts
+        chosen._tables = [(cos[index], sin[index]) for cos, sin in self._tables]
+        return chosen
+
     def apply(self, layer: int, key: Tensor) -> Tensor:
         """K before RoPE [T, heads, dim] → K at the positions, in the same dtype."""
         return self._turned(layer, key, back=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchllm.chunkcache.chunk_file import ChunkHeader, ChunkStatistics, EncodedLayer
@@ -97,6 +98,45 @@ def compute_chunks(
     ]
 
 
+def sensitivity(computed: Sequence[ComputedChunk]) -> NDArray[np.float32]:
+    """[tokens] how much the K of each token depends on the context: 0 for all if there is only one.
+
+    `computed`: one chunk in several contexts. The squared difference of K before RoPE, over that of K, averaged over
+    pairs of contexts and the second half of the layers: what a context changes builds up from layer to layer.
+    """
+    first, num_layers = computed[0], len(computed[0].keys)
+    total = torch.zeros(len(first.tokens), dtype=torch.float32)
+    pairs = [(one, other) for index, one in enumerate(computed) for other in computed[:index]]
+    late = range(num_layers // 2, num_layers)
+    for one, other in pairs:
+        for layer in late:
+            key, other_key = one.keys[layer].float(), other.keys[layer].float()
+            difference = (key - other_key).square().sum(dim=(1, 2))
+            total += (difference / key.square().sum(dim=(1, 2)).mean().clamp_min(1e-30)).cpu()
+    found: NDArray[np.float32] = (total / max(1, len(pairs) * len(late))).numpy()
+    return found
+
+
+def merged(stored: ComputedChunk, seen: Sequence[ComputedChunk]) -> ComputedChunk:
+    """The KV of `stored` with what is known from other contexts that the same chunk was computed in.
+
+    A chunk stored as computed alone has no attention to other chunks of its own: it takes the mean of what was seen.
+    """
+    own = replace(stored.statistics, sensitivity=sensitivity(list(seen) or [stored]))
+    in_company = [chunk.statistics for chunk in seen if chunk.context.chunks]
+    if stored.context.chunks or not in_company:
+        return replace(stored, statistics=own)
+    return replace(
+        stored,
+        statistics=replace(
+            own,
+            outside=np.mean([each.outside for each in in_company], axis=0),
+            outside_mean=float(np.mean([each.outside_mean for each in in_company])),
+            inside_mean=float(np.mean([each.inside_mean for each in in_company])),
+        ),
+    )
+
+
 class _AttentionSums:
     """Attention from every token to every chunk, averaged over heads and layers, as it is computed."""
 
@@ -120,6 +160,7 @@ class _AttentionSums:
         size = stop - begin
         return ChunkStatistics(
             own[:, :index].sum(dim=1).numpy(),
+            np.zeros(size, dtype=np.float32),
             to_each.astype(np.float32),
             float((to_each / (lengths * size)).sum()),
             float(own[:, index].sum()) / size**2,

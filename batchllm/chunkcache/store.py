@@ -55,6 +55,12 @@ class StoreWriteFailed(StoreError):
     """The disk is full or refuses to be written. What is in the store stays as it is."""
 
 
+def check_store(path: Path) -> None:
+    """Raises StoreError when there is no chunk store here."""
+    if not StoreFolder(path).is_store():
+        raise StoreError(f"{path}: is not a chunk store; `batchllm precompute` makes one")
+
+
 class ChunkStore:
     """See the module. `model` is the identity of the model whose chunks are found and put.
 
@@ -87,6 +93,10 @@ class ChunkStore:
     def find(self, tokens: TokenArray) -> list[StoredChunk]:
         """The stored variants of the chunk with these tokens, from the index alone."""
         return self._catalog.variants(chunk_key(self.model, tokens))
+
+    def variants(self, key: bytes) -> list[StoredChunk]:
+        """The same for a chunk's key (`identity.chunk_key`)."""
+        return self._catalog.variants(key)
 
     def open(self, name: ChunkName, tokens: TokenArray) -> ChunkFile | None:
         """The file of a stored variant if it holds exactly these tokens and can be read, else None."""
@@ -250,8 +260,7 @@ class ChunkStore:
             self._lock = None
 
     def _open_for_reading(self) -> None:
-        if not self.folder.is_store():
-            raise StoreError(f"{self.path}: is not a chunk store; `batchllm precompute` makes one")
+        check_store(self.path)
         try:
             entries, self._state, _ = read_index(self.folder.index)
         except (FileNotFoundError, DamagedIndex) as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from batchllm.dataset.chunk_marks import Span
+from batchllm.dataset.chunk_spans import chunk_tokens
 from batchllm.dataset.files import first_line
 from batchllm.dataset.line_encoder import line_encoder
 from batchllm.dataset.prompts import Prompt
@@ -23,6 +25,9 @@ class Tokenized:
 
     ids: list[Sequence[int]]
     faults: dict[int, RowFault]
+    chunks: dict[int, list[Span]] = field(
+        default_factory=dict
+    )  # (begin, end) in tokens, where prompts have any
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt | RowFault | Sequence[int]]) -> Tokenized:
@@ -30,19 +35,34 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt | RowFault | Sequence[int]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     ids: list[Sequence[int]] = [() if isinstance(prompt, Prompt | RowFault) else prompt for prompt in prompts]
     faults = {row: prompt for row, prompt in enumerate(prompts) if isinstance(prompt, RowFault)}
+    chunks: dict[int, list[Span]] = {}
     for special in (True, False):
-        texts = {
-            row: prompt.text
+        given = {
+            row: prompt
             for row, prompt in enumerate(prompts)
             if isinstance(prompt, Prompt) and prompt.add_special_tokens is special
         }
+        texts = {row: prompt.text for row, prompt in given.items()}
+        with_chunks = any(prompt.chunks is not None for prompt in given.values())
         for rows in _calls(texts):
-            for row, result in zip(rows, _encode(tokenizer, [texts[row] for row in rows], special)):
+            call = [texts[row] for row in rows]
+            for row, result in zip(rows, _encode(tokenizer, call, special, with_chunks)):
                 if isinstance(result, RowFault):
                     faults[row] = result
+                elif isinstance(result, _Placed):
+                    ids[row] = result.ids
+                    chunks[row] = chunk_tokens(result.offsets, given[row].chunks or ())
                 else:
                     ids[row] = result
-    return Tokenized(ids, faults)
+    return Tokenized(ids, faults, chunks)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Ids, and the characters that each stands for."""
+
+    ids: Sequence[int]
+    offsets: Sequence[Span]
 
 
 def _calls(texts: Mapping[int, str]) -> Iterator[list[int]]:
@@ -59,14 +79,21 @@ def _calls(texts: Mapping[int, str]) -> Iterator[list[int]]:
         yield call
 
 
-def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[Sequence[int] | RowFault]:
+def _encode(
+    tokenizer: Any, texts: list[str], special: bool, with_places: bool
+) -> list[Sequence[int] | _Placed | RowFault]:
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     try:
+        if with_places:
+            placed = tokenizer(texts, return_offsets_mapping=True, **options)
+            pairs = zip(placed["input_ids"], placed["offset_mapping"])
+            return [_Placed(ids, offsets) if ids else _NO_TOKENS for ids, offsets in pairs]
         by_line = line_encoder(tokenizer)
         if by_line is not None:
             return [ids or _NO_TOKENS for ids in by_line.encode(texts, special)]
-        encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(texts, **options)
     except Exception as error:  # tokenizers raise what they like, on half a surrogate pair for one
         if len(texts) > 1:
-            return [_encode(tokenizer, [text], special)[0] for text in texts]
+            return [_encode(tokenizer, [text], special, with_places)[0] for text in texts]
         return [RowFault(f"the prompt cannot be tokenised: {first_line(error)}")]
     return [ids or _NO_TOKENS for ids in encoded["input_ids"]]

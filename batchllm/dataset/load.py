@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from batchllm.core import PromptTable, SamplingParams
+from batchllm.core import ChunkTable, PromptTable, SamplingParams
+from batchllm.dataset.chunk_spans import ChunkTableBuilder, check_tokenizer
 from batchllm.dataset.columns import Logprobs, check_kept_names
 from batchllm.dataset.encode import Tokenized, tokenize
 from batchllm.dataset.params import RowParams
@@ -44,6 +45,7 @@ class LoadedRows:
     prompts: PromptTable
     kept: pa.Table  # [rows] the id column, if the job names one, and the kept columns; memory-mapped
     ids: pa.ChunkedArray | None  # [rows] the id column
+    chunks: ChunkTable | None  # [rows] None: the job has no chunks
     reordering_saves: int  # prompt tokens, about: what `prompt.reorder` adds to those that rows share
     read_seconds: float  # reading, rendering and writing
     tokenize_seconds: float
@@ -72,7 +74,7 @@ def validate_columns(job: JobSpec, schema: pa.Schema) -> None:
         check_kept_names(_kept_columns(job, schema), has_samples, shown)
     except JobError as error:
         raise JobError(f"{job.source}: {error}") from None
-    PromptPlan(job.prompt, schema, job.source)
+    PromptPlan(job.prompt, schema, job.source, job.chunks.column if job.chunks else None)
 
 
 def load_rows(
@@ -102,7 +104,7 @@ def load_rows(
     ids = None if job.input.id is None else kept.column(job.input.id)
     prompts = loader.prompt_table(tokens_path)
     saves = loader.reordering_saves(len(prompts.tokens))
-    return LoadedRows(prompts, kept, ids, saves, seconds, loader.tokenize_seconds)
+    return LoadedRows(prompts, kept, ids, loader.chunk_table(), saves, seconds, loader.tokenize_seconds)
 
 
 class _Loader:
@@ -118,12 +120,16 @@ class _Loader:
         self._params_of: list[int] = []
         self._faults: dict[int, str] = {}
         self.tokenize_seconds = 0.0
+        self._chunks = ChunkTableBuilder() if job.chunks else None
         kept = _kept_columns(job, schema)
         if not schema.names:
             self.kept_schema = pa.schema([(name, pa.null()) for name in kept])
             self.columns: list[str] = []
             return
-        self._renderer = PromptRenderer(job.prompt, tokenizer, schema, job.source)
+        chunk_column = job.chunks.column if job.chunks else None
+        if chunk_column is not None:
+            check_tokenizer(tokenizer, job.source)
+        self._renderer = PromptRenderer(job.prompt, tokenizer, schema, job.source, chunk_column)
         self.kept_schema = pa.schema([schema.field(name).with_nullable(True) for name in kept])
         used = {*kept, *self._renderer.columns, *self._params.columns}
         self.columns = [name for name in schema.names if name in used]
@@ -146,8 +152,14 @@ class _Loader:
         self.tokenize_seconds += time.perf_counter() - started
         self._characters += sum(len(prompt.text) for prompt in prompts if isinstance(prompt, Prompt))
         self._faults |= {first + row: fault.reason for row, fault in tokenized.faults.items()}
+        if self._chunks is not None:
+            for row in range(batch.num_rows):
+                self._chunks.add(tokenized.chunks.get(row, ()))
         self._params_of += [index if isinstance(index, int) else 0 for index in params]
         return tokenized
+
+    def chunk_table(self) -> ChunkTable | None:
+        return self._chunks.build() if self._chunks is not None else None
 
     def kept(self, data: pa.RecordBatch) -> pa.RecordBatch:
         if not self.kept_schema.names:

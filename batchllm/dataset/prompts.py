@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from batchllm.dataset.chat_args import ChatArgs
+from batchllm.dataset.chunk_marks import Span, with_marks, without_marks
 from batchllm.dataset.messages import clean_messages, parse_messages
-from batchllm.dataset.reorder import FreePart
+from batchllm.dataset.reorder import FreePart, is_list
 from batchllm.dataset.rows import RowFault
 from batchllm.dataset.templates import RowTemplate
 from batchllm.dataset.values import is_text, python_values
@@ -24,14 +25,23 @@ Values = dict[str, object]
 class Prompt(NamedTuple):
     text: str
     add_special_tokens: bool  # False for a conversation: its chat template has written them
+    chunks: tuple[Span, ...] | None = None  # characters of each chunk; None: the job has no chunks
 
 
 class PromptRenderer:
     """Renders batches whose columns include `columns`. Raises JobError or ModelError when made, never later."""
 
-    def __init__(self, prompt: PromptSpec, tokenizer: Any, schema: pa.Schema, source: str = "job") -> None:
-        self._plan = PromptPlan(prompt, schema, source)
+    def __init__(
+        self,
+        prompt: PromptSpec,
+        tokenizer: Any,
+        schema: pa.Schema,
+        source: str = "job",
+        chunk_column: str | None = None,
+    ) -> None:
+        self._plan = PromptPlan(prompt, schema, source, chunk_column)
         self._tokenizer = tokenizer
+        self._chunks = chunk_column
         has_template = getattr(tokenizer, "chat_template", None) or prompt.template_args.get("chat_template")
         self._no_chat = None if has_template else RowFault("the model's tokenizer has no chat template")
         if self._plan.is_chat and self._no_chat:
@@ -49,10 +59,17 @@ class PromptRenderer:
         """One prompt or fault per row. `order` is of all rows of the input; the batch begins at `first_row`."""
         rows = enumerate(self._plan.row_values(batch), start=first_row)
         if self.free is None:
-            return [self._prompt(values) for _, values in rows]
+            return [self._prompt(self._marked(values)) for _, values in rows]
         return [
-            self._prompt(self._arranged(values, order.of(row) if order else None)) for row, values in rows
+            self._prompt(self._marked(self._arranged(values, order.of(row) if order else None)))
+            for row, values in rows
         ]
+
+    def _marked(self, values: Values | RowFault) -> Values | RowFault:
+        if self._chunks is None or isinstance(values, RowFault):
+            return values
+        marked = with_marks(values[self._chunks], self._chunks)
+        return marked if isinstance(marked, RowFault) else {**values, self._chunks: marked}
 
     def _arranged(self, values: Values | RowFault, positions: list[int] | None) -> Values | RowFault:
         if isinstance(values, RowFault) or self.free is None:
@@ -69,7 +86,10 @@ class PromptRenderer:
         text = self._chat(content, values) if isinstance(content, list) else content
         if isinstance(text, RowFault):
             return text
-        return Prompt(text, not is_chat) if text else RowFault("the prompt is empty")
+        if self._chunks is None or not text:
+            return Prompt(text, not is_chat) if text else RowFault("the prompt is empty")
+        found = without_marks(text, self._chunks)
+        return found if isinstance(found, RowFault) else Prompt(found[0], not is_chat, found[1])
 
     def _chat(self, messages: list[Any], values: Values) -> str | RowFault:
         if self._no_chat:
@@ -89,7 +109,9 @@ class PromptRenderer:
 class PromptPlan:
     """What a `prompt` section reads and makes of a row: a text, or a conversation. Knows no tokenizer."""
 
-    def __init__(self, prompt: PromptSpec, schema: pa.Schema, source: str) -> None:
+    def __init__(
+        self, prompt: PromptSpec, schema: pa.Schema, source: str, chunk_column: str | None = None
+    ) -> None:
         self.chat_args = ChatArgs(prompt.template_args, schema.names, source)
         self._column = prompt.column
         self._roles: list[str] | None = None
@@ -97,6 +119,11 @@ class PromptPlan:
         self.free: FreePart | None = None
         self.is_chat = prompt.messages is not None
         if prompt.column is not None:
+            if chunk_column is not None:
+                raise JobError(
+                    f"{source}: chunks need a template that shows them: give prompt.text or prompt.messages "
+                    "instead of prompt.column"
+                )
             self.is_chat = _is_conversation(prompt.column, schema, f"{source}: prompt.column")
             self.columns: tuple[str, ...] = tuple(sorted({prompt.column} | self.chat_args.columns))
             self._nullable: frozenset[str] = frozenset(self.chat_args.columns - {prompt.column})
@@ -119,6 +146,8 @@ class PromptPlan:
             used = (used - {self.free.name}) | set(self.free.columns)
         self.columns = tuple(sorted(used | self.chat_args.columns))
         self._nullable = _nullable(self._templates) | (self.chat_args.columns - used)
+        if chunk_column is not None:
+            _check_chunks(chunk_column, schema, used, f"{source}: chunks.column")
 
     def columns_in_order(self) -> list[str]:
         """The columns of the templates as they are first shown."""
@@ -165,6 +194,16 @@ def _is_conversation(column: str, schema: pa.Schema, where: str) -> bool:
         if {"role", "content"} <= names:
             return True
     raise JobError(f"{where}: `{column}` holds {type_}, and a prompt is text or a list of {{role, content}}")
+
+
+def _check_chunks(column: str, schema: pa.Schema, used: set[str], where: str) -> None:
+    if column not in schema.names:
+        raise JobError(f"{where}: there is no column `{column}`; {column_hint(column, schema.names)}")
+    type_ = schema.field(column).type
+    if not (is_list(type_) or pa.types.is_null(type_)):
+        raise JobError(f"{where}: `{column}` holds {type_}, and chunks are the elements of a list")
+    if column not in used:
+        raise JobError(f"{where}: no template uses `{column}`; show its elements in the prompt")
 
 
 def _nullable(templates: Sequence[RowTemplate]) -> frozenset[str]:

@@ -21,6 +21,7 @@ from batchllm.executor.scheduler import Scheduler
 from batchllm.executor.scores import ScoreStore, slice_rows
 from batchllm.executor.step import UNREAD, Sample, StepBatch, StepScores
 from batchllm.executor.stopping import StopRules
+from batchllm.executor.stored_kv import StoredKv, StoredKvAttention
 from batchllm.executor.structure import StructureMasks
 from batchllm.executor.trace import StepTrace
 from batchllm.planner.lengths import LengthEstimator
@@ -64,12 +65,15 @@ class Engine:
         trace: StepTrace | None = None,
         backend: Backend | None = None,
         score_reads: ScoreReads | None = None,
+        stored: StoredKv | None = None,
     ):
         self.model, self.plan, self.stop_rules = model, plan, stop_rules
         self.trace = trace
         self.stats = EngineStats()
         self.backend: Backend = backend or model.backend
         self.pool = self.backend.make_pool(model.layers, options.kv_tokens, model.dtype)
+        if stored is not None:
+            stored.write_to(self.pool)
         self.scheduler = Scheduler(
             plan,
             prompts,
@@ -79,6 +83,7 @@ class Engine:
             model.max_length,
             options.max_running,
             score_reads,
+            stored,
         )
         self.scores = ScoreStore.empty(score_reads.num_scores if score_reads else 0)
         first_request = plan.request[plan.request_ptr[:-1]]
@@ -116,11 +121,16 @@ class Engine:
         if not len(batch.tokens):
             return torch.empty(0, 0)
         attention = self.backend.attention(self.pool, batch)
+        stored = self.scheduler.stored
+        if stored is not None:
+            attention = StoredKvAttention(attention, stored)
         self._lap("prepare")
         if batch.scores is None:
             logits = self.model.forward(batch, attention)
         else:
             logits = self._forward_scored(batch, batch.scores, attention)
+        if stored is not None:
+            stored.end_step()
         for node, row in batch.keep_logits:
             self._kept_logits[node] = logits[row].clone()
         return logits

@@ -127,6 +127,13 @@ class KvPool:
         for buffer in (*self.keys, *self.values):
             buffer[target.offset : target.offset + tokens] = buffer[source.offset : source.offset + tokens]
 
+    def write(self, layer: int, slots: NDArray[np.int64], key: Tensor, value: Tensor) -> None:
+        """Puts K (positions applied) and V of tokens [n, heads, dim] into slots of one layer."""
+        where = torch.from_numpy(slots)
+        for buffer, states in ((self.keys[layer], key), (self.values[layer], value)):
+            missing = self.layers[layer].row_dim - states.shape[-1]
+            buffer.index_copy_(0, where, torch.nn.functional.pad(states, (0, missing)) if missing else states)
+
     def compact(self, last: Extent | None = None) -> None:
         """Moves every extent down so that all free slots are one stretch at the end, right after `last`."""
         saved: list[Tensor] = []

@@ -19,6 +19,7 @@ from batchllm.executor.node_store import NodeStore
 from batchllm.executor.running import Running
 from batchllm.executor.step import KEPT, UNREAD, Sample, StepBatch
 from batchllm.executor.step_builder import Ancestor, StepBuilder
+from batchllm.executor.stored_kv import StoredKv
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.score_reads import ScoreReads
 
@@ -39,6 +40,7 @@ class Scheduler:
         max_length: int | None,
         max_running: int,
         scores: ScoreReads | None = None,
+        stored: StoredKv | None = None,
     ):
         self.plan, self.prompts, self.pool = plan, prompts, pool
         self.estimator = estimator
@@ -46,6 +48,7 @@ class Scheduler:
         self.max_running = min(max_running, max_step_tokens)
         self.max_length = max_length
         self.nodes = NodeStore(plan, pool)
+        self.stored = stored
         self.running: dict[int, Running] = {}  # by sequence, in order of admission
         self.failed: list[tuple[Running, str]] = []  # sequences that no memory can hold
         self.preemptions = 0
@@ -210,7 +213,10 @@ class Scheduler:
         node, owner = self._queue[0]
         total = owner.leaf_tokens if owner else self.nodes.prompt_length(node)
         done = int(self.nodes.computed[node])
-        count = min(self.max_step_tokens - builder.size, total - done)
+        end = total
+        if self.stored is not None:
+            done, end = self.stored.next_run(node, done, total)
+        count = min(self.max_step_tokens - builder.size, end - done)
         tokens = self._node_tokens(node, owner, done, count)
         extent = self.nodes.extent[node]
         assert extent is not None
@@ -335,6 +341,8 @@ class Scheduler:
             copied = self.nodes.place(node, extent)
             if copied is not None:
                 builder.add_copy(copied[0], extent, copied[1])
+            if self.stored is not None:
+                self.stored.place(node, int(self.nodes.computed[node]), extent)
         queued = {node for node, _ in self._queue}
         for node in run.path:
             if self.nodes.computed[node] < self.nodes.prompt_length(node) and node not in queued:

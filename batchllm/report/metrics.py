@@ -37,6 +37,9 @@ class RunMetrics:
     # Expected against actual output tokens of sequences, as `planned` and as `refreshed` while the job ran, just before
     # each ended: mean_expected, mean_absolute_error, bias (see planner.length_errors).
     length_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # Where the job reuses stored chunks: tokens placed and repaired, bytes read, seconds of loading and waiting, and
+    # with lossy reuse `quality`: a sample of answers against a full computation (see chunkcache.answer_quality).
+    chunks: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property

@@ -16,6 +16,7 @@ def summary_text(metrics: RunMetrics, out_path: Path) -> str:
         *_wrapped("time           ", _time(metrics)),
         *_prediction(metrics),
         *_lengths(metrics),
+        *_chunks(metrics),
         f"KV cache       {_kv(metrics)}",
         f"memory         {_bytes(metrics.rss_peak_bytes)} at most",
         f"answers        {_snippet(out_path)}",
@@ -75,6 +76,23 @@ def _lengths(metrics: RunMetrics) -> list[str]:
         f"{planned['mean_expected']:,.1f}; off by {planned['mean_absolute_error']:,.1f}, "
         f"later {refreshed['mean_absolute_error']:,.1f}"
     ]
+
+
+def _chunks(metrics: RunMetrics) -> list[str]:
+    """What stored chunks saved, and what lossy reuse did to answers."""
+    figures = metrics.chunks
+    if not figures:
+        return []
+    again = figures.get("repaired_tokens", 0)
+    placed = f"{figures.get('placed_tokens', 0):,} prompt tokens from the store"
+    lines = [f"chunks         {placed}, {again:,} of them computed again"]
+    quality = figures.get("quality")
+    if quality:
+        lines.append(
+            f"quality        {quality['exact_match']:.1%} of {quality['answers']} answers as without reuse, "
+            f"F1 {quality['f1']:.1%}, tokens {quality['token_agreement']:.1%}"
+        )
+    return lines
 
 
 def _kv(metrics: RunMetrics) -> str:

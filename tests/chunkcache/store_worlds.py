@@ -38,7 +38,11 @@ def make_chunk(
     rng = np.random.default_rng((number, before))
     context = chunk_context(np.arange(before, dtype=np.int32), [b"k" * 16] * min(before, 3))
     statistics = ChunkStatistics(
-        rng.random(len(tokens), np.float32), rng.random(len(context.chunks), np.float32), 0.25, 0.5
+        rng.random(len(tokens), np.float32),
+        rng.random(len(tokens), np.float32),
+        rng.random(len(context.chunks), np.float32),
+        0.25,
+        0.5,
     )
     header = ChunkHeader(model, chunk_key(model, tokens), tokens, context, statistics, codec, "float32")
     sections = [rng.integers(0, 256, len(tokens) * 64, np.uint8) for _ in range(LAYERS)]

@@ -26,7 +26,12 @@ A, B, C, D = (name * 16 for name in (b"a", b"b", b"c", b"d"))
 
 def stored(chunks: list[bytes], weights: list[float], outside_mean: float = 1.0) -> StoredContext:
     return StoredContext(
-        tuple(chunks), np.array(weights), np.array([0.1, 0.7, 0.3, 0.7, 0.0]), outside_mean, 1.0
+        tuple(chunks),
+        np.array(weights),
+        np.array([0.1, 0.7, 0.3, 0.7, 0.0]),
+        np.zeros(5),
+        outside_mean,
+        1.0,
     )
 
 

@@ -17,15 +17,14 @@ from batchllm.chunkcache.identity import chunk_key
 from batchllm.chunkcache.key_rotation import KeyRotation, find_rotation
 from batchllm.chunkcache.precompute import ChunkedPrompt, ComputedChunk, compute_chunks, decode_layer
 from batchllm.chunkcache.request_kv import RequestKv
-from batchllm.chunkcache.reuse import (
+from batchllm.chunkcache.reuse import decode_greedy, exact_only, prefill
+from batchllm.chunkcache.rules import (
     CacheCraftRule,
     FirstTokensRule,
     LargestDeviationRule,
+    MostSensitiveRule,
     PlacedChunk,
     RepairRule,
-    decode_greedy,
-    exact_only,
-    prefill,
     strength_for,
 )
 from batchllm.chunkcache.store import ChunkStore
@@ -61,6 +60,7 @@ def placed_in(prompt: ChunkedPrompt, computed: Sequence[ComputedChunk]) -> list[
                     chunk.context.chunks,
                     stats.context_chunks,
                     stats.outside,
+                    stats.sensitivity,
                     stats.outside_mean,
                     stats.inside_mean,
                 )
@@ -117,7 +117,12 @@ def test_repair_of_everything_is_full_computation(name: str, worlds: Any):
     placed = placed_in(prompt, computed)
     assert len(placed) == 3 and not exact_only(prompt, keys_of(prompt), placed)
     full = prefill(model, rotation, prompt, [], None, NEW).logits
-    for rule in (FirstTokensRule(1.0), CacheCraftRule(1e9), LargestDeviationRule(1.0)):
+    for rule in (
+        FirstTokensRule(1.0),
+        CacheCraftRule(1e9),
+        LargestDeviationRule(1.0),
+        MostSensitiveRule(1.0),
+    ):
         ready = prefill(model, rotation, prompt, placed, rule, NEW)
         torch.testing.assert_close(ready.logits, full, rtol=1e-3, atol=1e-3)
         assert ready.computed_tokens >= len(prompt.tokens)

@@ -47,6 +47,7 @@ def assert_is(file: ChunkFile | None, number: int, **options: Any) -> None:
         header.model,
     )
     np.testing.assert_array_equal(file.header.statistics.outside, header.statistics.outside)
+    np.testing.assert_array_equal(file.header.statistics.sensitivity, header.statistics.sensitivity)
     np.testing.assert_array_equal(file.header.statistics.context_chunks, header.statistics.context_chunks)
     assert file.header.statistics.outside_mean == pytest.approx(0.25)
     assert file.num_layers == LAYERS

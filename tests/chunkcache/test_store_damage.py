@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.chunkcache.chunk_file import ChunkFile, DamagedChunk, check_whole_file, write_chunk_file
+from batchllm.chunkcache.chunk_file import _FIXED, ChunkFile, DamagedChunk, check_whole_file, write_chunk_file
 from batchllm.chunkcache.store import ChunkStore
 from tests.chunkcache.store_worlds import LAYERS, MODEL, make_chunk, tokens_of
 from tests.chunkcache.test_store import assert_is, found_file, open_store, put
@@ -77,8 +77,8 @@ def padding_of(raw: bytes) -> set[int]:
     for index, layer in enumerate(layers):
         begin = first + index * -(-layer.data.nbytes // 64) * 64
         used |= set(range(begin, begin + layer.data.nbytes))
-    arrays = len(header.tokens) * 8 + len(header.context.chunks) * 20 + LAYERS * 32 + 8
-    return set(range(len(raw))) - used - set(range(112 + arrays))
+    arrays = len(header.tokens) * 12 + len(header.context.chunks) * 20 + LAYERS * 32 + 8
+    return set(range(len(raw))) - used - set(range(_FIXED.size + arrays))
 
 
 @pytest.mark.parametrize("damage", ["flip header", "flip layer", "truncate", "empty", "foreign", "swap"])
@@ -216,8 +216,8 @@ def test_copies_and_strangers_in_the_folder(tmp_path: Path):
 
 
 def test_a_file_of_a_later_format_is_refused(tmp_path: Path, whole_file: bytes):
-    (tmp_path / "later.kv").write_bytes(whole_file[:8] + b"\x02" + whole_file[9:])
-    with pytest.raises(DamagedChunk, match="has format 2"):
+    (tmp_path / "later.kv").write_bytes(whole_file[:8] + b"\x63" + whole_file[9:])
+    with pytest.raises(DamagedChunk, match="has format 99"):
         ChunkFile(str(tmp_path / "later.kv"))
 
 
