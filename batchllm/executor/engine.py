@@ -164,11 +164,7 @@ class Engine:
         """One token for each sample, and its log-probability if any sequence asks for it."""
         if not samples:
             return np.zeros(0, dtype=np.int64), None
-        if any(sample.logit_row < 0 for sample in samples):
-            rows = torch.stack([self._logits_of(sample, logits) for sample in samples])
-        else:
-            rows = logits[torch.tensor([sample.logit_row for sample in samples], device=logits.device)]
-        rows = rows.cpu()
+        rows = self._rows_of(samples, logits).cpu()
         running = [self.scheduler.running[sample.sequence] for sample in samples]
         params = [run.params for run in running]
         indices = np.array([len(run.output) for run in running], dtype=np.int64)
@@ -191,6 +187,15 @@ class Engine:
             for row in torch.isneginf(ruled.amax(dim=-1)).nonzero().flatten().tolist():
                 self._dead_ends.add(running[row].sequence)
         return ruled
+
+    def _rows_of(self, samples: list[Sample], logits: Tensor) -> Tensor:
+        """[n, V]; the logits themselves where they are in this order already, for a copy takes as long as sampling."""
+        numbers = [sample.logit_row for sample in samples]
+        if numbers == list(range(len(logits))):
+            return logits
+        if min(numbers) < 0:
+            return torch.stack([self._logits_of(sample, logits) for sample in samples])
+        return logits[torch.tensor(numbers, device=logits.device)]
 
     def _logits_of(self, sample: Sample, logits: Tensor) -> Tensor:
         return logits[sample.logit_row] if sample.logit_row >= 0 else self._kept_logits[sample.node]

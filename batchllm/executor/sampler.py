@@ -35,11 +35,11 @@ def choose_tokens(
     free = [row for row, chosen in enumerate(params) if not chosen.greedy and not _is_limited(chosen)]
     limited = [row for row, chosen in enumerate(params) if not chosen.greedy and _is_limited(chosen)]
     if not free and not limited:
-        return logits.argmax(dim=-1).numpy()
+        return _largest(logits)
     tokens = torch.empty(len(params), dtype=torch.int64)
     greedy = [row for row, chosen in enumerate(params) if chosen.greedy]
     if greedy:
-        tokens[greedy] = logits[greedy].argmax(dim=-1)
+        tokens[greedy] = torch.from_numpy(_largest(logits[greedy]))
     words = torch.from_numpy(draw_words(keys, indices))
     if free:
         temperature = _temperatures([params[row] for row in free])
@@ -47,6 +47,12 @@ def choose_tokens(
     if limited:
         tokens[limited] = _draw_limited(logits[limited], [params[row] for row in limited], words[limited])
     return tokens.numpy()
+
+
+def _largest(logits: Tensor) -> NDArray[np.int64]:
+    """The first largest of each row; NumPy is several times as fast at it as torch."""
+    found: NDArray[np.int64] = logits.numpy().argmax(axis=-1)
+    return found
 
 
 def token_logprobs(logits: Tensor, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
