@@ -2,11 +2,11 @@
 
     python -m benchmarks.chunk_quality --sets 60
 
-Held-out document sets of the example model's generator. Each question is a row: the passages of its set and
-strangers from another set, in an order of its own (notes stay behind the passage that says who speaks them). Before,
-the passages of two sets at a time are shuffled, dealt into other prompts, and computed there, twice: that is what the
-store holds. So no row finds its passages in the order or company they were computed in, and notes were often computed
-after another speaker's introduction.
+Held-out document sets of the example model's generator. Each question is a row: the passages of its set and strangers
+from another set, in an order of its own (notes stay behind the passage that says who speaks them). Before, the passages
+of two sets at a time are shuffled, dealt into other prompts, and computed there, four times: two of them are what the
+store holds, all of them say what depends on the context. So no row finds its passages in the order or company they were
+computed in, and notes were often computed after another speaker's introduction.
 
 Compute is tokens run through the model, as a share of all prompt tokens; a token run through half of the layers counts
 half.
@@ -48,7 +48,8 @@ _RESULTS = Path(__file__).parent / "results"
 _IDENTITY = b"example model..."
 _MOST_PASSAGES = 6
 _NEW_TOKENS = 16
-SHARES = (0.05, 0.1, 0.2, 0.3)
+_VARIANTS = 2  # of each passage in the store
+SHARES = (0.05, 0.1, 0.2, 0.25, 0.3)
 sys.path.insert(0, str(_EXAMPLES))
 
 
@@ -154,7 +155,7 @@ def make_store(
             (chunk,) = compute_chunks(model, rotation, tokens.prompt([passage]), _IDENTITY)
             key = chunk_key(_IDENTITY, chunk.tokens)
             seen = store[key]
-            store[key] = [merged(kept, seen) for kept in ([chunk] if alone else seen)]
+            store[key] = [merged(kept, seen) for kept in ([chunk] if alone else seen[:_VARIANTS])]
     return store
 
 
@@ -245,7 +246,7 @@ def rules(cases: Sequence[Case]) -> dict[str, tuple[str, RepairRule | None]]:
 
 @click.command()
 @click.option("--sets", "num_sets", default=60, help="document sets")
-@click.option("--deals", default=2, help="variants of each passage in the store")
+@click.option("--deals", default=4, help="contexts that each passage is computed in")
 @click.option("--alone", is_flag=True, help="store each passage as computed without others")
 @click.option("--seed", default=11)
 @click.option(
