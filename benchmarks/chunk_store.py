@@ -39,7 +39,9 @@ def timed(report: dict[str, float], name: str, count: int = 1, unit: float = 1.0
 
 
 def tokens_of(number: int) -> np.ndarray:
-    return ((np.arange(_TOKENS) * 7919 + number * 104_729) % 32_000).astype(np.int32)
+    tokens = ((np.arange(_TOKENS) * 7919 + number * 104_729) % 32_000).astype(np.int32)
+    tokens[0] = number // 32_000  # the others repeat after 32,000 chunks
+    return tokens
 
 
 def make_chunk(number: int, layer_bytes: int) -> tuple[ChunkHeader, list[EncodedLayer]]:

@@ -159,3 +159,17 @@ def test_evals_scores_as_the_harness_does(tmp_path: Path) -> None:
     assert report["against_hf"]["largest_difference"] < 1e-4
     assert report["against_hf"]["same_choice"] == 1.0
     assert report["prompt_tokens_computed"] < report["prompt_tokens"]
+
+
+def test_rag_benchmark_runs_small(tmp_path: Path) -> None:
+    from benchmarks import rag
+
+    small = "--rows 6 --passages 6 --passage-tokens 24 --shown 2 --output-tokens 2 --pairs 1 --model tiny-float32"
+    out, trace = tmp_path / "rag.json", tmp_path / "trace.jsonl"
+    arguments = [*small.split(), "--out", str(out), "--trace", str(trace)]
+    found = CliRunner().invoke(rag.main, arguments)
+    assert found.exit_code == 0, found.output
+    runs = json.loads(out.read_text())["runs"]
+    computed = {mode: runs[mode][0]["prompt_tokens_computed"] for mode in ("prefix", "repair", "naive")}
+    assert computed["naive"] < computed["repair"] < computed["prefix"]
+    assert {json.loads(line)["what"] for line in trace.read_text().splitlines()} >= {"read", "decode"}
