@@ -164,7 +164,9 @@ def test_evals_scores_as_the_harness_does(tmp_path: Path) -> None:
 def test_rag_benchmark_runs_small(tmp_path: Path) -> None:
     from benchmarks import rag
 
-    small = "--rows 6 --passages 6 --passage-tokens 24 --shown 2 --output-tokens 2 --pairs 1 --model tiny-float32"
+    small = (
+        "--rows 6 --passages 6 --passage-tokens 24 --shown 2 --output-tokens 2 --pairs 1 --model tiny-float32"
+    )
     out, trace = tmp_path / "rag.json", tmp_path / "trace.jsonl"
     arguments = [*small.split(), "--out", str(out), "--trace", str(trace)]
     found = CliRunner().invoke(rag.main, arguments)
