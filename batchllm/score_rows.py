@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 from batchllm.core import IntArray, PromptTable, SamplingParams
 from batchllm.dataset.choices import CHOICE, NUMBER, ChoiceRows
 from batchllm.dataset.load import LoadedRows, load_rows, validate_columns
+from batchllm.dataset.prompts import PromptPlan
 from batchllm.dataset.reader import InputData
 from batchllm.errors import JobError
 from batchllm.job import JobSpec
@@ -40,7 +41,6 @@ def check_score_job(job: JobSpec) -> None:
     """Raises JobError for what a score job cannot have."""
     assert job.score is not None
     wrong = {
-        "prompt.messages": job.prompt.messages is not None,
         "prompt.reorder": job.prompt.reorder is not None,
         "generate": "generate" in job.model_fields_set,
         "plan": "plan" in job.model_fields_set,
@@ -54,8 +54,8 @@ def score_input(job: JobSpec, data: InputData) -> InputData | ChoiceRows:
     """The input with a row for each choice, checked. Raises JobError."""
     assert job.score is not None
     rows = data if job.score.choices is None else ChoiceRows(data, job.score.choices, job.source)
-    for part in (_context_job(job), _whole_job(job)):
-        validate_columns(part, rows.schema)
+    validate_columns(_context_job(job), rows.schema)
+    validate_columns(_second_job(job, _is_chat(job, rows)), rows.schema)
     return rows
 
 
@@ -68,13 +68,17 @@ def load_score_rows(
     for folder in folders:
         folder.mkdir(exist_ok=True)
     contexts = load_rows(_context_job(job), data, tokenizer, folders[0])
-    wholes = contexts if job.score.rolling else load_rows(_whole_job(job), data, tokenizer, folders[1])
-    first, faults = _first_scored(contexts, wholes, job.score.rolling)
-    prompts = wholes.prompts
-    if not job.score.rolling:
+    if job.score.rolling:
+        prompts, faults = contexts.prompts, dict(contexts.prompts.faults)
+        first = np.zeros(prompts.num_rows, dtype=np.int64)
+    else:
+        is_chat = _is_chat(job, data)
+        second = load_rows(_second_job(job, is_chat), data, tokenizer, folders[1]).prompts
+        prompts = _appended(contexts.prompts, second, tokenizer) if is_chat else second
+        first, faults = _first_scored(contexts.prompts, prompts)
         for row in np.flatnonzero(first > 0).tolist():
-            tokens = prompts.tokens[prompts.offsets[row] : prompts.offsets[row + 1]].tolist()
-            fault = span_fault(TokenSpan(tokens, int(first[row])), max_length, vocabulary)
+            span = TokenSpan(_row(prompts, row), int(first[row]))
+            fault = span_fault(span, max_length, vocabulary)
             if fault is not None:
                 faults[row] = fault
     table = PromptTable(
@@ -87,19 +91,35 @@ def load_score_rows(
     return ScoreRows(table, first, contexts.kept, _ids(contexts, first))
 
 
-def _first_scored(contexts: LoadedRows, wholes: LoadedRows, rolling: bool) -> tuple[IntArray, dict[int, str]]:
-    faults = dict(contexts.prompts.faults)
-    if rolling:
-        return np.zeros(contexts.prompts.num_rows, dtype=np.int64), faults
-    faults = {**wholes.prompts.faults, **faults}
-    first = np.full(contexts.prompts.num_rows, -1, dtype=np.int64)
-    for row in range(contexts.prompts.num_rows):
+def _first_scored(contexts: PromptTable, wholes: PromptTable) -> tuple[IntArray, dict[int, str]]:
+    faults = {**wholes.faults, **contexts.faults}
+    first = np.full(contexts.num_rows, -1, dtype=np.int64)
+    for row in range(contexts.num_rows):
         if row not in faults:
             try:
-                first[row] = split_pair(_row(contexts.prompts, row), _row(wholes.prompts, row)).first
+                first[row] = split_pair(_row(contexts, row), _row(wholes, row)).first
             except MergedContinuation as error:
                 faults[row] = f"score.continuation: {error}"
     return first, faults
+
+
+def _appended(contexts: PromptTable, continuations: PromptTable, tokenizer: Any) -> PromptTable:
+    """Continuations behind conversations. These end with a token of the chat template, across which nothing merges."""
+    special = tokenizer("", return_attention_mask=False)["input_ids"]  # BOS, where the tokenizer writes one
+    faults = {row: f"score.continuation: {reason}" for row, reason in continuations.faults.items()}
+    rows = []
+    for row in range(contexts.num_rows):
+        added = _row(continuations, row)
+        added = added[len(special) :] if added[: len(special)] == list(special) else added
+        rows.append(np.array([*_row(contexts, row), *added], dtype=np.int32))
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    tokens = np.concatenate([np.zeros(0, np.int32), *rows])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    return replace(contexts, tokens=tokens, offsets=offsets, faults={**faults, **contexts.faults})
+
+
+def _is_chat(job: JobSpec, data: Any) -> bool:
+    return bool(data.schema.names) and PromptPlan(job.prompt, data.schema, job.source).is_chat
 
 
 def _row(prompts: PromptTable, row: int) -> list[int]:
@@ -119,14 +139,16 @@ def _context_job(job: JobSpec) -> JobSpec:
     return _with_kept_choices(job, job.prompt)
 
 
-def _whole_job(job: JobSpec) -> JobSpec:
-    """The same with the continuation behind each prompt."""
+def _second_job(job: JobSpec, is_chat: bool) -> JobSpec:
+    """The same with the continuation behind each prompt; where prompts are conversations, with it alone."""
     assert job.score is not None
+    if is_chat or job.score.rolling:
+        return _with_kept_choices(job, PromptSpec(text=job.score.template) if is_chat else job.prompt)
     context = job.prompt.text
     if job.prompt.column is not None:
         context = f"{{{{ row[{job.prompt.column!r}] }}}}"
     # As jinja does with the end of a template; here it is no longer the end.
-    text = (context or "").removesuffix("\n") + ("" if job.score.rolling else job.score.template)
+    text = (context or "").removesuffix("\n") + job.score.template
     return _with_kept_choices(job, PromptSpec(text=text))
 
 

@@ -29,8 +29,9 @@ from benchmarks.real_workloads import DATA
 
 _RESULTS = Path(__file__).parent / "results"
 _SHOTS = 5
-_PROBED = 24  # requests with which batch sizes are tried
+_PROBED = 8  # requests with which batch sizes are tried
 LETTERS = "ABCDE"
+FILES = ("aqua-rat", "sat-math", "lsat-ar")
 
 
 def task_pairs(file: Path, style: str, documents: int) -> list[list[tuple[str, str]]]:
@@ -108,8 +109,13 @@ def agreement(
 
 
 @click.command()
-@click.option("--tasks", default="aqua-rat:letters,sat-math:letters,aqua-rat:texts,sat-math:texts")
-@click.option("--documents", default=12, help="of each task")
+@click.option(
+    "--tasks", default=",".join(f"{name}:{style}" for style in ("letters", "texts") for name in FILES)
+)
+@click.option(
+    "--engines", default="hf,vllm", help="compared with; vllm is left out where there is no --vllm-python"
+)
+@click.option("--documents", default=8, help="of each task")
 @click.option("--batch-sizes", default="1,4,8", help="that hf tries")
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=None, help="a model; default: 168M, random weights"
@@ -121,67 +127,80 @@ def agreement(
 @click.option("--dtype", default="auto")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="default: results/DATE-evals.json")
 def main(
-    tasks: str,
-    documents: int,
-    batch_sizes: str,
-    folder: Path | None,
-    data: Path,
-    vllm_python: str | None,
-    dtype: str,
-    out: Path | None,
+    tasks: str, documents: int, folder: Path | None, data: Path, out: Path | None, **options: Any
 ) -> None:
     """Prints the seconds of each and their ratios, and writes them to a file."""
-    from lm_eval.models.huggingface import HFLM
-
-    from batchllm_lm import BatchLM
-
-    asked = [task.split(":") for task in tasks.split(",")]
     found = [
         document
-        for name, style in asked
+        for name, style in (task.split(":") for task in tasks.split(","))
         for document in task_pairs(data / "agieval" / f"{name}.jsonl", style, documents)
     ]
-    requests = instances(found)
     with tempfile.TemporaryDirectory() as scratch:
         model = folder or _model_with_tokenizer(Path(scratch) / "model", data)
-        theirs = HFLM(str(model), dtype=dtype, device="cpu", batch_size=1)
-        ours = BatchLM(str(model), dtype=dtype)
-        timed(ours, requests[:2])
-        size = best_batch_size(theirs, requests, [int(size) for size in batch_sizes.split(",")])
-        theirs.batch_size_per_gpu = size
-        before, scores = timed(ours, requests)
-        hf_seconds, hf_scores = timed(theirs, requests)
-        after, _ = timed(ours, requests)
-        our_seconds = (before + after) / 2
-        report: dict[str, Any] = {
+        report = {
             "date": date.today().isoformat(),
             "versions": versions(),
             "cpus": os.cpu_count(),
             "tasks": tasks,
-            "documents": len(found),
-            "requests": len(requests),
-            "prompt_tokens": ours.llm.last_run.prompt_tokens,
-            "prompt_tokens_computed": ours.llm.last_run.computed_tokens,
-            "seconds": {"batchllm": [before, after], "hf": hf_seconds},
-            "hf_batch_size": size,
-            "ratio_hf": hf_seconds / our_seconds,
-            "against_hf": agreement(found, scores, hf_scores),
         }
-        _say(
-            f"batchllm {before:.1f} and {after:.1f} s; hf (batches of {size}) {hf_seconds:.1f} s: "
-            f"{report['ratio_hf']:.1f}x; {report['against_hf']}"
-        )
-        if vllm_python:
-            pairs = [ours._encode_pair(*request.args) for request in requests]
-            answered = run_vllm(vllm_python, model, pairs, Path(scratch))
-            report["seconds"]["vllm"] = answered["seconds"]
-            report["ratio_vllm"] = answered["seconds"] / our_seconds
-            report["against_vllm"] = agreement(found, scores, answered["logprobs"])
-            _say(f"vllm {answered['seconds']:.1f} s: {report['ratio_vllm']:.1f}x; {report['against_vllm']}")
-    target = out or _RESULTS / f"{report['date']}-evals.json"
+        target = out or _RESULTS / f"{report['date']}-evals.json"
+        report |= _compared(found, model, Path(scratch), options)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n")
-    _say(f"written to {target}")
+    click.echo(f"written to {target}")
+
+
+def _compared(
+    documents: Sequence[Sequence[tuple[str, str]]], model: Path, scratch: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Ours before and after each of the others; a ratio is the other's seconds over the mean of both."""
+    from batchllm_lm import BatchLM
+
+    engines = options["engines"].split(",")
+    requests = instances(documents)
+    ours = BatchLM(str(model), dtype=options["dtype"])
+    timed(ours, requests[:2])
+    before, scores = timed(ours, requests)
+    run = ours.llm.last_run
+    report: dict[str, Any] = {
+        "documents": len(documents),
+        "requests": len(requests),
+        "prompt_tokens": run.prompt_tokens,
+        "prompt_tokens_computed": run.computed_tokens,
+    }
+    click.echo(f"batchllm {before:.1f} s: {run.prompt_tokens:,} tokens, computed {run.computed_tokens:,}")
+    for engine in engines:
+        if engine == "hf":
+            seconds, answers, about = _hf(model, requests, options)
+        elif options["vllm_python"]:
+            pairs = [ours._encode_pair(*request.args) for request in requests]
+            answered = run_vllm(options["vllm_python"], model, pairs, scratch)
+            seconds, answers, about = answered["seconds"], answered["logprobs"], {}
+        else:
+            continue
+        after = timed(ours, requests)[0]
+        ratio = 2 * seconds / (before + after)
+        report[engine] = {
+            "seconds": seconds,
+            "our_seconds": [before, after],
+            "ratio": ratio,
+            **about,
+            **agreement(documents, scores, answers),
+        }
+        click.echo(f"{engine} {seconds:.1f} s, batchllm again {after:.1f} s: {ratio:.1f}x")
+        before = after
+    return report
+
+
+def _hf(
+    model: Path, requests: Sequence[Any], options: dict[str, Any]
+) -> tuple[float, list[float], dict[str, Any]]:
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(str(model), dtype=options["dtype"], device="cpu", batch_size=1)
+    size = best_batch_size(theirs, requests, [int(size) for size in options["batch_sizes"].split(",")])
+    theirs.batch_size_per_gpu = size
+    return *timed(theirs, requests), {"batch_size": size}
 
 
 def _model_with_tokenizer(folder: Path, data: Path) -> Path:
@@ -189,10 +208,6 @@ def _model_with_tokenizer(folder: Path, data: Path) -> Path:
     for file in (data / "tokenizers" / "phi-3-mini").iterdir():
         shutil.copy(file, folder)
     return folder
-
-
-def _say(text: str) -> None:
-    click.echo(text)
 
 
 if __name__ == "__main__":

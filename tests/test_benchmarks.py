@@ -156,8 +156,8 @@ def test_evals_scores_as_the_harness_does(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["documents"] == 6
     assert report["requests"] == 12
-    assert report["against_hf"]["largest_difference"] < 1e-4
-    assert report["against_hf"]["same_choice"] == 1.0
+    assert report["hf"]["largest_difference"] < 1e-4
+    assert report["hf"]["same_choice"] == 1.0
     assert report["prompt_tokens_computed"] < report["prompt_tokens"]
 
 

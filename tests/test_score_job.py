@@ -94,6 +94,21 @@ def test_a_continuation_of_columns_and_a_prompt_column(model_folder: Path, tmp_p
     assert "logprobs" not in output(one).columns
 
 
+def test_a_continuation_of_a_conversation(model_folder: Path, tmp_path: Path) -> None:
+    prompt = {"messages": [{"role": "user", "content": "Where is {{ number }}?"}]}
+    job = score_job(tmp_path, model_folder, {"continuation": "{{ gold }}."}, prompt=prompt)
+    assert exit_code_of("run", str(job), "--quiet") == 0
+    tokenizer = byte_tokenizer()
+    for number, answer in enumerate(output(job).iter_rows(named=True)):
+        asked = [{"role": "user", "content": f"Where is {number}?"}]
+        before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        after = tokenizer(f" {number}.")["input_ids"]
+        logprobs, greedy = dense(model_folder, [*before, *after], len(before))
+        assert answer["output"] == f" {number}."
+        assert answer["logprob"] == pytest.approx(logprobs.sum(), abs=1e-4)
+        assert answer["is_greedy"] == greedy
+
+
 def test_documents_are_scored_from_their_first_token(model_folder: Path, tmp_path: Path) -> None:
     table = [
         {"id": str(number), "text": f"Document {number}. " * (60 if number else 4)} for number in range(3)
@@ -175,8 +190,8 @@ def test_an_interrupted_job_goes_on(
         ({"choice": "options"}, {}, "score.choice is not a known key; did you mean score.choices?"),
         (
             {"choices": "options"},
-            {"prompt": {"messages": [{"role": "user", "content": "x"}]}},
-            "prompt.messages cannot",
+            {"prompt": {"text": "{{ number }}{{ options }}", "reorder": ["number", "options"]}},
+            "prompt.reorder cannot",
         ),
         ({"choices": "options"}, {"plan": {"sample_rows": 3}}, "plan cannot be together with score"),
     ],

@@ -123,14 +123,22 @@ def _with_absolute_paths(job: EvalJob, base: Path, source: str, today: date) -> 
             folders[name] = (base / folder).resolve()
             if not folders[name].is_dir():
                 raise JobError(f"{source}: eval.{name}: there is no folder {folder}")
+    tasks = tuple(_with_absolute_file(task, base) for task in job.eval.tasks)
     return job.model_copy(
         update={
             "model": model,
             "output": EvalOutput(path=output),
             "compare": job.compare.model_copy(update={"previous": previous}),
-            "eval": job.eval.model_copy(update={"data": base, **folders}),
+            "eval": job.eval.model_copy(update={"data": base, "tasks": tasks, **folders}),
         }
     )
+
+
+def _with_absolute_file(task: TaskSpec, base: Path) -> TaskSpec:
+    """A task that is a YAML file beside the job file."""
+    file = base / task.task
+    is_file = file.suffix in (".yaml", ".yml") and file.is_file()
+    return task.model_copy(update={"task": str(file.resolve())}) if is_file else task
 
 
 _SECTIONS = {

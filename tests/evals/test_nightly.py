@@ -119,6 +119,17 @@ def test_a_drop_within_what_is_allowed_is_no_regression(job: Path) -> None:
     assert night(job, "fourth", "--previous", "nights/first") == 4
 
 
+def test_tasks_as_files_and_with_other_data(model_folder: Path, tmp_path: Path) -> None:
+    """A file is found from the job file's folder, its data from eval.data."""
+    write_small_tasks(tmp_path / "tasks")
+    write_small_tasks(tmp_path / "fewer", documents=5)
+    tasks = ["tasks/choices.yaml", {"task": "answers", "data": {"test": "../fewer/rows.jsonl"}}]
+    job = write_job(tmp_path, model_folder, tasks)
+    assert night(job, "first") == 0
+    documents = dict(read(job, "first", "scores").select("task", "documents").iter_rows())
+    assert documents == {"choices": 12, "answers": 5}
+
+
 def test_a_document_that_is_not_the_same_is_not_compared(
     job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,7 +193,7 @@ def test_a_task_that_cannot_run_is_named_and_the_others_go_on(
         ({"compare": {"max_drop": 2}}, "compare.max_drop must be at most 1"),
         ({"compare": {"previous": "tasks"}}, "compare.previous: tasks holds no scores.parquet"),
         ({"eval": {"tasks": ["tasks/nothing.yaml"]}}, "eval.tasks[0]: there is no task file"),
-        ({"model": {"path": "nowhere"}}, "nowhere"),
+        ({"model": {"path": "./nowhere"}}, "model.path names no folder"),
     ],
 )
 def test_a_job_that_cannot_start(
