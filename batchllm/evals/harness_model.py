@@ -31,7 +31,7 @@ from batchllm.scoring import Score, TokenSpan, encode_all, move_spaces, prefix_t
 RequestType = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
 REQUEST_TYPES: tuple[RequestType, ...] = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 Item = TokenSpan | tuple[Sequence[int], core.SamplingParams] | str
-_SAMPLING = ("top_p", "top_k", "min_p", "seed")
+_SAMPLING = ("top_p", "top_k", "min_p", "seed", "repetition_penalty")
 
 
 @register_model("batchllm")
