@@ -223,7 +223,7 @@ def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: L
     prompts, requests = run.candidates.prompts, run.candidates.requests
     model, kv_tokens = run.model
     from batchllm.executor.budget import engine_options
-    from batchllm.executor.engine import Engine
+    from batchllm.executor.engines import engine_for
     from batchllm.executor.stopping import StopRules, end_of_sequence_ids
     from batchllm.reuse_quality import stored_chunks_for
 
@@ -232,7 +232,7 @@ def _execute(run: Execution, plan: Plan, expected: NDArray[np.int64], lengths: L
     options = engine_options(plan, prompts, kv_tokens, run.job.engine.max_step_tokens, gpu=on_gpu)
     run.forecasts.append(_forecast(run, plan, lengths, options))
     with stored_chunks_for(run.reuse, plan) as stored:
-        engine = Engine(model, plan, prompts, requests, rules, options, lengths, stored=stored)
+        engine = engine_for(model, plan, prompts, requests, rules, options, lengths, stored=stored)
         _run_engine(run, engine, plan, expected)
 
 

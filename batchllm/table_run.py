@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from batchllm.answers import answers_of, error_of, faults_of
 from batchllm.core import PlanStats, PromptTable, RequestResult, RequestTable, ScoreTable
 from batchllm.executor.budget import engine_options, kv_token_budget, too_long
-from batchllm.executor.engine import Engine, EngineStats
+from batchllm.executor.engine import EngineStats
+from batchllm.executor.engines import engine_for
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.scores import ScoreStore
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
@@ -76,7 +77,7 @@ class TableRun:
             self._reads = plan_score_reads(plan, prompts, requests, self._scored)
         on_gpu = self._model.placement.gpu is not None
         end_ids = end_of_sequence_ids(self._model.model.generation_config, self._tokenizer)
-        engine = Engine(
+        engine = engine_for(
             self._model,
             plan,
             prompts,

@@ -83,7 +83,7 @@ class Admission:
             return []
         sequences = [run.sequence for run in running]
         params, groups = self._plan.sequence_params[sequences], self._plan.sequence_group[sequences]
-        decoded = np.array([len(run.output) for run in running], dtype=np.int64)
+        decoded = np.array([run.decoded for run in running], dtype=np.int64)
         limits = np.array([run.limit for run in running], dtype=np.int64)
         estimates: list[int] = self._estimator.estimate(params, decoded, limits, groups).tolist()
         return estimates

@@ -49,7 +49,7 @@ class Placement:
     def backend(self) -> Backend:
         if self.gpu is None:
             return CpuBackend()
-        from batchllm.executor.attention_paged import PagedBackend  # needs triton
+        from batchllm.executor.paged_backend import PagedBackend  # needs triton
 
         return PagedBackend(self.gpu.device)
 

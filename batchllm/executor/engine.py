@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class Engine:
         self.trace = trace
         self.stats = EngineStats()
         self.backend: Backend = backend or model.backend
-        self.pool = self.backend.make_pool(model.layers, options.kv_tokens, model.dtype)
+        self.pool: Any = self.backend.make_pool(model.layers, options.kv_tokens, model.dtype)
         if stored is not None:
             stored.write_to(self.pool)
         self.scheduler = Scheduler(
@@ -264,7 +265,7 @@ class Engine:
         self.stats.steps += 1
         self.stats.prompt_tokens_computed += batch.prompt_tokens
         self.stats.recomputed_tokens += len(batch.tokens) - batch.prompt_tokens - batch.decode_tokens
-        self.stats.output_tokens += sum(sample.logit_row != UNREAD for sample in batch.samples)
+        self.stats.output_tokens = self.scheduler.output_tokens
         self.stats.preemptions = self.scheduler.preemptions
         self.stats.kv_tokens_used = self.pool.used
         self.stats.kv_tokens_peak = self.pool.peak

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from batchllm.executor.model_config import first_line, load_config
 from batchllm.executor.packed_linear import pack_linears, unpack_linears
 from batchllm.executor.step import StepBatch
 
+if TYPE_CHECKING:
+    from batchllm.executor.device_model import DeviceModel
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,6 +52,7 @@ class ModelRunner:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.layers = self._probe_layers()
         self.fused = False
+        self.device_model: DeviceModel | None = None
 
     @property
     def model_type(self) -> str:
@@ -68,15 +72,28 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, attention: StepAttention) -> Tensor:
         """Logits of `batch.logit_rows`, [L, vocabulary], float32."""
+        tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
+        return self.logits(tokens, positions, attention, self._on_device(batch.logit_rows)).float()
+
+    @torch.inference_mode()
+    def logits(
+        self, tokens: Tensor, positions: Tensor, attention: StepAttention, logit_rows: Tensor | None
+    ) -> Tensor:
+        """tokens, positions int64 [T] on the device → [L, vocabulary] of `logit_rows`, or of all, in its dtype."""
+        if self.device_model is not None and hasattr(attention, "attend_written"):
+            return self.device_model.logits(tokens, positions, cast(Any, attention), logit_rows)
+        # Fused layers return the tokens with logits alone, where they can: then all of them are kept (0).
+        returns_last = self.fused and self.device_model is None and attention.logit_rows is not None
+        keeps_all = logit_rows is None or returns_last
         with attention_of(attention):
             output = self.model(
-                input_ids=self._on_device(batch.tokens).unsqueeze(0),
-                position_ids=self._on_device(batch.positions).unsqueeze(0),
+                input_ids=tokens.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=self._logits_to_keep(batch, attention),
+                logits_to_keep=0 if keeps_all else logit_rows,
             )
         logits: Tensor = output.logits[0]
-        return logits.float()
+        return logits
 
     @torch.inference_mode()
     def forward_in_slices(
@@ -84,7 +101,7 @@ class ModelRunner:
     ) -> Iterator[tuple[int, Tensor]]:
         """The logits that `forward` gives, at most `rows` rows at once: (number of the first row, [n, V])."""
         wanted = self._on_device(batch.logit_rows)
-        if self.fused and attention.logit_rows is not None:
+        if self.fused and self.device_model is None and attention.logit_rows is not None:
             wanted = torch.arange(len(wanted), device=self.device)
         # What is below the output projection runs once; the projection, with all that a model does after it
         # (scaling, capping), runs for each slice.
@@ -108,8 +125,17 @@ class ModelRunner:
             vars(base).pop("forward", None)
 
     def fuse(self) -> bool:
-        """Swaps in faster decoder layers where they match and the device is a CPU. Returns whether it did."""
-        self.fused = self.fused or (self.placement.gpu is None and fuse_layers(self.model))
+        """Swaps in faster decoder layers where they match; on a GPU, a faster forward pass. Returns whether it did."""
+        if self.fused:
+            return True
+        if self.placement.gpu is None:
+            self.fused = fuse_layers(self.model)
+        else:
+            from batchllm.executor.device_model import DeviceModel
+
+            kernels = cast(Any, self.backend).kernels
+            self.device_model = DeviceModel.of(self.model, kernels, self.max_length)
+            self.fused = self.device_model is not None
         return self.fused
 
     def pack(self) -> None:
@@ -120,15 +146,10 @@ class ModelRunner:
     def unfuse(self) -> None:
         """Back to transformers' own layers."""
         unpack_linears(self.model)
-        if self.fused:
+        if self.fused and self.device_model is None:
             restore_layers(self.model)
-            self.fused = False
-
-    def _logits_to_keep(self, batch: StepBatch, attention: StepAttention) -> Tensor | int:
-        """Fused layers return the tokens with logits alone, where they can: then all of them are kept (0)."""
-        if self.fused and attention.logit_rows is not None:
-            return 0
-        return self._on_device(batch.logit_rows)
+        self.device_model = None
+        self.fused = False
 
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self.device)

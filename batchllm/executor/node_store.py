@@ -98,6 +98,13 @@ class NodeStore:
             self.computed[node] = 0
             self.shared.discard(node)
 
+    def drop_all(self) -> None:
+        """Frees all KV. No sequence runs."""
+        for node in range(self.plan.num_nodes):
+            self.drop(node)
+        self._held.clear()
+        self._release_after_step.clear()
+
     def end_step(self) -> None:
         """After the forward pass: donors whose KV has been copied are no longer needed."""
         for node in self._release_after_step:

@@ -37,6 +37,7 @@ class PagedPool:
     """`keys[l]` is [pages, Hkv, page_size, Dk] and `values[l]` [pages, Hkv, page_size, Dv].
 
     A page of one head is one stretch of memory. Memory is not cleared: attention never reads what was not written.
+    The last page is nobody's: rows that only fill up a captured step write there.
     """
 
     def __init__(
@@ -53,16 +54,26 @@ class PagedPool:
         pages = max(1, -(-capacity // page_size))
         self.capacity = pages * page_size
         self.keys = [
-            torch.empty(pages, layer.heads, page_size, layer.key_dim, dtype=dtype, device=device)
+            torch.empty(pages + 1, layer.heads, page_size, layer.key_dim, dtype=dtype, device=device)
             for layer in layers
         ]
         self.values = [
-            torch.empty(pages, layer.heads, page_size, layer.value_dim, dtype=dtype, device=device)
+            torch.empty(pages + 1, layer.heads, page_size, layer.value_dim, dtype=dtype, device=device)
             for layer in layers
         ]
         self.peak = 0
         self._free = np.ones(pages, dtype=bool)
         self._extents: dict[int, PagedExtent] = {}  # by id
+
+    @property
+    def spare_page(self) -> int:
+        """The page that is never handed out."""
+        return len(self._free)
+
+    def release(self) -> None:
+        """Gives the memory back. The pool is not used afterwards."""
+        self.keys.clear()
+        self.values.clear()
 
     @property
     def used(self) -> int:

@@ -10,7 +10,9 @@ from batchllm.core import SamplingParams
 @dataclass(slots=True, eq=False)
 class Running:
     """Positions: shared nodes hold [0, leaf_start), the leaf holds [leaf_start, ...): first the rest of the
-    prompt, up to prompt_length, then every output token but the newest, which is fed in the next step."""
+    prompt, up to prompt_length, then every output token but the newest, which is fed in the next step.
+
+    On a GPU the newest `pending` output tokens are known to the device only, until the step is absorbed."""
 
     sequence: int
     leaf: int
@@ -22,12 +24,18 @@ class Running:
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    pending: int = 0  # output tokens that follow those in `output`
     prefilling: bool = False  # known tokens of the leaf still wait to be computed
 
     @property
+    def decoded(self) -> int:
+        """Output tokens, pending ones included."""
+        return len(self.output) + self.pending
+
+    @property
     def leaf_tokens(self) -> int:
-        """Tokens of the leaf that are known: own prompt tokens and output."""
-        return self.prompt_length - self.leaf_start + len(self.output)
+        """Tokens of the leaf that are known, if only to the device: own prompt tokens and output."""
+        return self.prompt_length - self.leaf_start + self.decoded
 
     @property
     def most_leaf_tokens(self) -> int:

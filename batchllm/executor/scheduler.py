@@ -25,10 +25,19 @@ from batchllm.planner.score_reads import ScoreReads
 
 _ROUND = 16  # leaf extents are multiples of this many slots, so that neighbours are often equally long
 _LEAD = 128  # most output tokens a leaf reserves ahead
+_MOST_WASTE = 16
+
+
+class TokensOutstanding(Exception):
+    """A step cannot be scheduled before the tokens of the step that is under way are known."""
 
 
 class Scheduler:
-    """`schedule` gives the next step or None when all is done; `absorb` takes the sampled tokens of that step."""
+    """`schedule` gives the next step or None when all is done; `absorb` takes the sampled tokens of that step.
+
+    A device that works while the next step is scheduled splits `absorb`: `advance` as soon as the step has been
+    handed over, `settle` when its tokens are known. One step may be under way while the next is scheduled.
+    """
 
     def __init__(
         self,
@@ -52,7 +61,9 @@ class Scheduler:
         self.running: dict[int, Running] = {}  # by sequence, in order of admission
         self.failed: list[tuple[Running, str]] = []  # sequences that no memory can hold
         self.preemptions = 0
+        self.output_tokens = 0  # that became part of an answer
         self._next = 0
+        self._under_way = 0  # steps that have been handed over and not settled
         self._returning: deque[Running] = deque()
         self._queue: deque[tuple[int, Running | None]] = (
             deque()
@@ -63,6 +74,7 @@ class Scheduler:
         self._zero_leaves = _count_zero_leaves(plan, ~self._scored)
 
     def schedule(self) -> StepBatch | None:
+        """Raises TokensOutstanding when a sequence would have to step back whose tokens are not all known."""
         builder = StepBuilder()
         decoding = self._make_room()
         for run in decoding:
@@ -72,7 +84,7 @@ class Scheduler:
             if self._queue:
                 self._add_prompt(builder)
         if builder.size == 0 and not builder.samples:
-            assert not self.running, "nothing to do although sequences run"
+            assert not self.running or self._under_way, "nothing to do although sequences run"
             return None
         return builder.build()
 
@@ -97,19 +109,81 @@ class Scheduler:
         finish: Callable[[Running], bool],
     ) -> list[Running]:
         """Appends each sample's token to its sequence; returns those that `finish` says have ended."""
-        finished = []
-        for index, sample in enumerate(batch.samples):
+        self.advance(batch)
+        return self.settle(batch, tokens, logprobs, finish)
+
+    def advance(self, batch: StepBatch, repeats: int = 1) -> None:
+        """The step, repeated so often with each time's tokens, is under way: its tokens are pending."""
+        for sample in batch.samples:
             run = self.running[sample.sequence]
-            run.output.append(int(tokens[index]))
-            if logprobs is not None and run.params.logprobs:
-                run.logprobs.append(float(logprobs[index]))
-            if finish(run):
-                finished.append(run)
-                del self.running[run.sequence]
-                self.nodes.finish(run.path, run.leaf)
-        self._learn(finished)
+            run.pending += repeats
+            if repeats > 1:
+                self.nodes.computed[run.leaf] += repeats - 1
+        self._under_way += 1
         self.nodes.end_step()
+
+    def settle(
+        self,
+        batch: StepBatch,
+        tokens: np.ndarray,
+        logprobs: np.ndarray | None,
+        finish: Callable[[Running], bool],
+    ) -> list[Running]:
+        """Tokens of the oldest step under way, [samples] or, of a repeated step, [repeats, samples].
+
+        Returns the sequences that `finish` says have ended. What was computed beyond their end is left out.
+        """
+        self._under_way -= 1
+        finished: list[Running] = []
+        by_repeat = (-1, max(1, len(batch.samples)))
+        for number, chosen in enumerate(tokens.reshape(by_repeat).tolist()):
+            chances = None if logprobs is None else logprobs.reshape(by_repeat)[number]
+            for index, sample in enumerate(batch.samples):
+                run = self.running.get(sample.sequence)
+                if run is None:  # it ended in an earlier step, while this one was under way
+                    continue
+                run.output.append(chosen[index])
+                run.pending -= 1
+                self.output_tokens += sample.logit_row != UNREAD
+                if chances is not None and run.params.logprobs:
+                    run.logprobs.append(float(chances[index]))
+                if finish(run):
+                    finished.append(run)
+                    del self.running[run.sequence]
+                    self.nodes.finish(run.path, run.leaf)
+        self._learn(finished)
         return finished
+
+    def repeats(self, batch: StepBatch, most: int) -> int:
+        """How often a step that only decodes may be run in a row, each time with the tokens of the time before.
+
+        The leaves have room for all of it. Some sequences may reach their limit earlier: no more of the work than
+        one part in _MOST_WASTE is in vain for that.
+        """
+        runs = [self.running[sample.sequence] for sample in batch.samples]
+        left = np.array([run.limit - run.decoded for run in runs], dtype=np.int64)
+        count = most
+        while count > 1 and _MOST_WASTE * int(np.maximum(count - left, 0).sum()) > count * len(left):
+            count -= 1
+        for run in runs:
+            extent = self._leaf_extent(run)
+            needed = run.leaf_tokens + count - 1
+            if needed > extent.capacity and not self.pool.grow(extent, needed):
+                count = extent.capacity - run.leaf_tokens + 1
+        return count
+
+    def restart(self, batch: StepBatch, pool: KvMemory) -> None:
+        """Another pool, empty: `batch` has not been run, nothing is under way, every sequence steps back."""
+        assert self._under_way == 0
+        for sample in batch.samples:
+            if sample.node != self.running[sample.sequence].leaf:
+                self._zero_leaves[sample.node] += 1
+        for run in reversed(list(self.running.values())):
+            self._step_back(run)
+        self.nodes.drop_all()
+        self.pool = self.nodes.pool = pool
+        self._queue.clear()
+        self._awaiting.clear()
 
     def _learn(self, finished: list[Running]) -> None:
         """What later sequences are expected to decode is refreshed in every step."""
@@ -130,7 +204,7 @@ class Scheduler:
         return [run for run in self.running.values() if self._decodes(run)]
 
     def _decodes(self, run: Running) -> bool:
-        return bool(run.output) and not run.prefilling
+        return 0 < run.decoded < run.limit and not run.prefilling
 
     def _has_slot(self, run: Running) -> bool:
         """Whether the leaf has a slot for the next token, after growing it if there is room."""
@@ -159,6 +233,8 @@ class Scheduler:
             room = self.pool.capacity - self.pool.used
             if self.pool.grow(extent, extent.capacity + min(_ROUND, room)):
                 return
+        if self._under_way:
+            raise TokensOutstanding
         if len(self.running) == 1:
             self._fail(
                 run, f"KV memory ran out after {len(run.output)} output tokens; raise engine.kv_memory"
@@ -198,7 +274,9 @@ class Scheduler:
     def _add_decode(self, builder: StepBuilder, run: Running) -> None:
         extent = self._leaf_extent(run)
         position = run.leaf_start + run.leaf_tokens - 1
-        tokens = np.array(run.output[-1:], dtype=np.int64)
+        if run.pending:
+            builder.pending.append((builder.size, run.sequence))
+        tokens = np.array([-1] if run.pending else run.output[-1:], dtype=np.int64)
         builder.add_chunk(
             tokens, position, run.leaf_start, extent, self._ancestors(run.path), prompt_tokens=0
         )

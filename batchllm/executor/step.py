@@ -60,6 +60,20 @@ class StepBatch:
     prompt_tokens: int  # of the T tokens, how many are prompt tokens
     decode_tokens: int  # and how many decoded ones that are fed for the first time
     scores: StepScores | None = None  # log-probabilities to read; None: no row of `logit_rows` is for these
+    pending: tuple[
+        tuple[int, int], ...
+    ] = ()  # (flat index, sequence): tokens the host does not know, -1 in `tokens`
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every token is a sequence's newest one, with its logits read, in order, and nothing else happens."""
+        return (
+            0 < self.decode_tokens == len(self.tokens) == len(self.samples) == len(self.logit_rows)
+            and not len(self.copy_to)
+            and not self.keep_logits
+            and self.scores is None
+            and all(sample.logit_row == row for row, sample in enumerate(self.samples))
+        )
 
     def logit_tokens(self) -> tuple[list[Chunk], list[SharedRead]] | None:
         """Chunks and shared reads for the tokens in `logit_rows` alone, numbered 0..L-1; None if these are all.

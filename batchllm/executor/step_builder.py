@@ -21,6 +21,7 @@ class StepBuilder:
         self.decode_tokens = 0
         self.samples: list[Sample] = []
         self.keep_logits: list[tuple[int, int]] = []
+        self.pending: list[tuple[int, int]] = []
         self._tokens: list[NDArray[np.int64]] = []
         self._chunks: list[Chunk] = []
         self._reads: dict[int, SharedRead] = {}
@@ -90,6 +91,7 @@ class StepBuilder:
             keep_logits=self.keep_logits,
             prompt_tokens=self.prompt_tokens,
             decode_tokens=self.decode_tokens,
+            pending=tuple(self.pending),
             scores=scores,
         )
 

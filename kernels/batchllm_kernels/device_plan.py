@@ -47,8 +47,10 @@ class PlanCapacity:
 class DevicePlan:
     """The arrays of a TilePlan as int32 tensors. `load` replaces them in place."""
 
-    def __init__(self, capacity: PlanCapacity, device: torch.device):
+    def __init__(self, capacity: PlanCapacity, device: torch.device, always_merges: bool = False):
+        """always_merges: parts are merged even where a plan has none, as a captured graph needs it."""
         self.capacity = capacity
+        self._always_merges = always_merges
         sizes = {
             "num_tiles": 1,
             "num_merge_rows": 1,
@@ -66,9 +68,9 @@ class DevicePlan:
         for name, size in sizes.items():
             self._ranges[name] = (total, total + size)
             total += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._is_pinned = device.type == "cuda"
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
-        self.has_merges = False
+        self.has_merges = always_merges
 
     @classmethod
     def of(cls, plan: TilePlan, device: torch.device) -> DevicePlan:
@@ -78,21 +80,24 @@ class DevicePlan:
         return made
 
     def load(self, plan: TilePlan) -> None:
-        """Copies a plan to the device. It must fit (`capacity.holds`); the copy before must have ended."""
-        assert self.capacity.holds(plan), "the plan is larger than the arrays on the device"
-        self.has_merges = len(plan.merge_rows) > 0
-        self._write("num_tiles", np.array([len(plan.tiles)]))
-        self._write("num_merge_rows", np.array([len(plan.merge_rows)]))
-        self._write("tiles", plan.tiles.reshape(-1))
-        for name in ("tile_rows", "tile_slots", "entry_pages", "entry_positions", "entry_fills"):
-            self._write(name, getattr(plan, name))
-        self._write("merge_rows", plan.merge_rows)
-        self._write("merge_ptr", plan.merge_ptr)
-        self._device.copy_(self._host, non_blocking=True)
+        """Copies a plan to the device, behind the work that is queued there. It must fit (`capacity.holds`).
 
-    def _write(self, name: str, values: NDArray[np.integer]) -> None:
-        begin, _ = self._ranges[name]
-        self._host.numpy()[begin : begin + len(values)] = values
+        The host's side is new each time: torch keeps page-locked memory until the copy from it is done.
+        """
+        assert self.capacity.holds(plan), "the plan is larger than the arrays on the device"
+        self.has_merges = self._always_merges or len(plan.merge_rows) > 0
+        host = torch.empty(len(self._device), dtype=torch.int32, pin_memory=self._is_pinned)
+        arrays: dict[str, NDArray[np.integer]] = {
+            "num_tiles": np.array([len(plan.tiles)]),
+            "num_merge_rows": np.array([len(plan.merge_rows)]),
+            "tiles": plan.tiles.reshape(-1),
+            **{name: getattr(plan, name) for name in ("tile_rows", "tile_slots", "merge_rows", "merge_ptr")},
+            **{name: getattr(plan, name) for name in ("entry_pages", "entry_positions", "entry_fills")},
+        }
+        for name, values in arrays.items():
+            begin, _ = self._ranges[name]
+            host.numpy()[begin : begin + len(values)] = values
+        self._device.copy_(host, non_blocking=True)
 
     def array(self, name: str) -> Tensor:
         """One array, at its full capacity."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ def run(
     trace: StepTrace | None = None,
     backend: Backend | None = None,
     check: bool = True,
+    make_engine: Callable[..., Engine] = Engine,
 ) -> Outcome:
     """One result a request. With `check`, KV bookkeeping is verified after every step."""
     runner = model if isinstance(model, ModelRunner) else prepare_model(model)
@@ -60,7 +61,7 @@ def run(
     todo = np.ones(len(requests), dtype=bool)
     plan = build_plan(table, requests, todo, PlanOptions(min_shared_tokens=min_shared_tokens))
     options = EngineOptions(kv_tokens=kv_tokens, max_step_tokens=max_step_tokens)
-    engine = Engine(
+    engine = make_engine(
         runner, plan, table, requests, StopRules(frozenset([EOS]), None), options, estimator, trace, backend
     )
     by_request: list[SequenceResult | None] = [None] * len(requests)
