@@ -57,6 +57,11 @@ class DecodeLoop:
         self._batches: dict[tuple[int, int, bool, bool], _RepeatedStep] = {}
         self._last: _RepeatedStep | None = None
 
+    def forget(self) -> None:
+        """Drops graphs and tensors."""
+        self._batches.clear()
+        self._last = None
+
     def interrupt(self) -> None:
         """Other steps ran: the next launch sends its rows again."""
         self._last = None

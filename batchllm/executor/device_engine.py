@@ -20,6 +20,7 @@ from batchllm.core import SequenceResult
 from batchllm.errors import JobError
 from batchllm.executor.cuda_graph import Recorder, recorder_for
 from batchllm.executor.decode_loop import MOST_REPEATS, DecodeLoop
+from batchllm.executor.device_memory import collect
 from batchllm.executor.engine import Engine
 from batchllm.executor.paged_backend import PagedBackend
 from batchllm.executor.paged_pool import PagedPool
@@ -96,6 +97,8 @@ class DeviceEngine(Engine):
                 yield results
             self._lap("other")
         failed = self._take_failed()
+        self.decode.forget()
+        self.pool.release()
         if failed:
             yield failed
 
@@ -217,8 +220,7 @@ class DeviceEngine(Engine):
             )
         self.decode = None  # type: ignore[assignment]  # its graphs hold memory and the pool's addresses
         self.pool.release()
-        if self.backend.device.type == "cuda":
-            torch.cuda.empty_cache()
+        collect()
         pool = self.backend.make_pool(self.model.layers, tokens, self.model.dtype)
         self.scheduler.restart(batch, pool)
         self.pool = pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -54,17 +55,26 @@ def largest_pool(make: Callable[[int], Pool], tokens: int, smallest: int = 1) ->
     Raises JobError when not even `smallest` tokens, or a quarter of what was meant, fit.
     """
     wanted = tokens
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
         try:
             return make(tokens)
         except torch.OutOfMemoryError:
-            tokens = int(tokens * _SHRINK)
+            tokens = int(tokens * _SHRINK) if attempt else tokens
             if tokens < smallest:
                 break
+        if not attempt:
+            collect()
     raise JobError(
         f"engine.kv_memory: the GPU has no room for {wanted:,} tokens of KV nor for a quarter of them; free memory "
         f"on it, lower engine.kv_memory or set engine.device to cpu."
     )
+
+
+def collect() -> None:
+    """Memory that nothing refers to any more goes back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _number(config: Any, *names: str) -> int:

@@ -44,17 +44,17 @@ class PagedBackend:
         return sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize
 
     def attention(self, pool: PagedPool, batch: StepBatch) -> PagedStepAttention:
-        plans = StepPlans(batch, self.device, self.resident_programs)
-        return self.attention_over(pool, self.tensors(batch), plans)
+        last = batch.logit_tokens()
+        plans = StepPlans(batch, last, self.device, self.resident_programs)
+        return self.attention_over(pool, self.tensors(batch, last is not None), plans)
 
     def attention_over(self, pool: PagedPool, step: StepTensors, plans: Plans) -> PagedStepAttention:
         return PagedStepAttention(pool, step, plans, self.target, self.kernels)
 
-    def tensors(self, batch: StepBatch) -> StepTensors:
+    def tensors(self, batch: StepBatch, only_logits: bool) -> StepTensors:
         """The step's arrays on the device, in one copy."""
         tokens, positions, slots, copy_from, copy_to, rows = upload(
             [batch.tokens, batch.positions, batch.slots, batch.copy_from, batch.copy_to, batch.logit_rows],
             self.device,
         )
-        only_logits = batch.logit_tokens() is not None
         return StepTensors(tokens, positions, slots, copy_from, copy_to, rows, only_logits)

@@ -63,6 +63,7 @@ class PagedPool:
         ]
         self.peak = 0
         self._free = np.ones(pages, dtype=bool)
+        self._num_free = pages
         self._extents: dict[int, PagedExtent] = {}  # by id
 
     @property
@@ -78,7 +79,7 @@ class PagedPool:
     @property
     def used(self) -> int:
         """Slots that are handed out."""
-        return (len(self._free) - int(np.count_nonzero(self._free))) * self.page_size
+        return (len(self._free) - self._num_free) * self.page_size
 
     def usable(self, extents: int) -> int:
         """Half of each extent's last page stays empty, on average."""
@@ -98,11 +99,16 @@ class PagedPool:
 
     def free(self, extent: PagedExtent) -> None:
         self._free[extent.pages] = True
+        self._num_free += len(extent.pages)
         del self._extents[id(extent)]
 
     def grow(self, extent: PagedExtent, capacity: int) -> bool:
         """Adds pages until the extent has room for `capacity` slots."""
-        more = self._take(-(-capacity // self.page_size) - len(extent.pages), high=False)
+        count = -(-capacity // self.page_size) - len(extent.pages)
+        if count == 1 and len(extent.pages):
+            more = self._take_next(int(extent.pages[-1]) + 1)
+        else:
+            more = self._take(count, high=False)
         if more is None:
             return False
         extent.pages = np.concatenate([extent.pages, more])
@@ -128,14 +134,26 @@ class PagedPool:
         owned = np.concatenate([np.zeros(0, dtype=np.int64), *(e.pages for e in self._extents.values())])
         assert len(np.unique(owned)) == len(owned), "a page has two owners"
         assert not self._free[owned].any() and len(owned) + self._free.sum() == len(self._free)
+        assert self._num_free == self._free.sum()
+
+    def _take_next(self, wanted: int) -> NDArray[np.int64] | None:
+        """One page, `wanted` if it is free. Most growth is this, of many leaves in one step."""
+        if wanted >= len(self._free) or not self._free[wanted]:
+            wanted = int(self._free.argmax())
+            if not self._free[wanted]:
+                return None
+        self._free[wanted] = False
+        self._num_free -= 1
+        self.peak = max(self.peak, self.used)
+        return np.array([wanted], dtype=np.int64)
 
     def _take(self, count: int, high: bool) -> NDArray[np.int64] | None:
         """Takes `count` free pages, ascending."""
         if count <= 0:
             return np.zeros(0, dtype=np.int64)
-        free = np.flatnonzero(self._free)
-        if len(free) < count:
+        if self._num_free < count:
             return None
+        free = np.flatnonzero(self._free)
         # A run of neighbours: its last page is count - 1 pages after its first.
         starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
         if len(starts):
@@ -144,5 +162,6 @@ class PagedPool:
             first = len(free) - count if high else 0
         pages = free[first : first + count]
         self._free[pages] = False
+        self._num_free -= len(pages)
         self.peak = max(self.peak, self.used)
         return pages

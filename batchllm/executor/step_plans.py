@@ -40,6 +40,9 @@ class PlanKind:
         )
 
 
+Work = tuple[list[Chunk], list[SharedRead]]
+
+
 class Plans(Protocol):
     def of(self, kind: PlanKind) -> DevicePlan: ...
 
@@ -47,8 +50,10 @@ class Plans(Protocol):
 class StepPlans:
     """Of one step; each is made when a layer first asks for it."""
 
-    def __init__(self, batch: StepBatch, device: torch.device, resident_programs: int):
+    def __init__(self, batch: StepBatch, last: Work | None, device: torch.device, resident_programs: int):
+        """`last`: `batch.logit_tokens()`."""
         self._batch = batch
+        self._last = last
         self._device = device
         self._resident_programs = resident_programs
         self._plans: dict[PlanKind, DevicePlan] = {}
@@ -63,9 +68,8 @@ class StepPlans:
         batch = self._batch
         if not last_only:
             return kv_reads(batch.chunks, batch.shared_reads, batch.positions)
-        work = batch.logit_tokens()
-        assert work is not None, "logits are read of every token"
-        return kv_reads(*work, batch.positions[batch.logit_rows])
+        assert self._last is not None, "logits are read of every token"
+        return kv_reads(*self._last, batch.positions[batch.logit_rows])
 
 
 class ReloadedPlans:

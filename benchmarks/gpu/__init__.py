@@ -1,0 +1,1 @@
+"""What the GPU path reaches on one GPU: see __main__."""
