@@ -40,7 +40,7 @@ class PagedStepAttention:
     def __init__(self, pool: PagedPool, step: StepTensors, plans: Plans, target: str, kernels: KernelSet):
         self.pool = pool
         self.step = step
-        self.slots = step.slots
+        self.slots = step.slots.int()  # as the kernels are compiled for in the checked table
         self.logit_rows = step.logit_rows if step.only_logits else None
         self.positions = step.positions.int()
         self._plans = plans

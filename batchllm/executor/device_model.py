@@ -46,16 +46,14 @@ class DeviceModel:
             return None
         return cls(model, kernels, max_length)
 
-    def logits(
-        self, tokens: Tensor, positions: Tensor, attention: PagedStepAttention, logit_rows: Tensor | None
-    ) -> Tensor:
-        """tokens, positions int64 [T] → [L, V] of `logit_rows`, or of every token, in the model's dtype."""
+    def logits(self, tokens: Tensor, attention: PagedStepAttention, logit_rows: Tensor | None) -> Tensor:
+        """tokens int64 [T] at `attention.positions` → [L, V] of `logit_rows`, or of all, in the model's dtype."""
         residual = self._embed(tokens)
         normed = self._kernels.rms_norm(residual, *_weight(self._layers[0].input_norm))
         rows = attention.logit_rows
         for index, layer in enumerate(self._layers):
             is_last = index == len(self._layers) - 1
-            query = layer.write(normed, positions, self._cos, self._sin, attention)
+            query = layer.write(normed, self._cos, self._sin, attention)
             only = rows if is_last else None
             if only is not None:
                 query, residual = query.index_select(0, only), residual.index_select(0, only)
@@ -94,9 +92,7 @@ class _Layer:
         self._mlp = layer.mlp
         self._gate_up = joined(self._mlp.gate_proj, self._mlp.up_proj) if _is_gated(self._mlp) else None
 
-    def write(
-        self, normed: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, attention: PagedStepAttention
-    ) -> Tensor:
+    def write(self, normed: Tensor, cos: Tensor, sin: Tensor, attention: PagedStepAttention) -> Tensor:
         """Puts the tokens' keys and values into the pool; returns their queries [T, Hq, D]."""
         heads = self._qkv(normed).view(len(normed), -1, self._head_dim)
         query, key, value = heads.split([self._query_heads, self._kv_heads, self._kv_heads], dim=1)
@@ -109,7 +105,7 @@ class _Layer:
             attention.pool.keys[self._index],
             attention.pool.values[self._index],
             attention.slots,
-            positions=positions,
+            positions=attention.positions,
             **self._norms,
         )
         attention.copy_shared(self._index)

@@ -81,7 +81,7 @@ class ModelRunner:
     ) -> Tensor:
         """tokens, positions int64 [T] on the device → [L, vocabulary] of `logit_rows`, or of all, in its dtype."""
         if self.device_model is not None and hasattr(attention, "attend_written"):
-            return self.device_model.logits(tokens, positions, cast(Any, attention), logit_rows)
+            return self.device_model.logits(tokens, cast(Any, attention), logit_rows)
         # Fused layers return the tokens with logits alone, where they can: then all of them are kept (0).
         returns_last = self.fused and self.device_model is None and attention.logit_rows is not None
         keeps_all = logit_rows is None or returns_last
