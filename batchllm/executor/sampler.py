@@ -21,6 +21,7 @@ from batchllm.executor.random_numbers import draw_words, gumbel_noise
 from batchllm.executor.running import Running
 
 _CANDIDATES = 256  # limits are first sought among so many of the largest logits
+_TRIES = 8  # scores looked at one by one before a row is sorted
 _CHUNK = 2**18  # scores made at once, so that they stay in the cache
 
 
@@ -121,10 +122,28 @@ def _draw_limited(logits: Tensor, params: Sequence[SamplingParams], words: Tenso
     scores = scaled + gumbel_noise(words, order.to(torch.int32))
     scores = scores.masked_fill(kept == 0.0, float("-inf"))
     tokens = order.gather(1, _first_largest(scores, order)).squeeze(1)
-    if not decided.all():
-        for row in (~decided).nonzero().flatten().tolist():
-            tokens[row] = _draw_sorted(logits[row : row + 1], params[row], words[row : row + 1])
+    for row in (~decided).nonzero().flatten().tolist():
+        tokens[row] = _draw_checked(logits[row], params[row], words[row : row + 1])
     return tokens
+
+
+def _draw_checked(logits: Tensor, params: SamplingParams, words: Tensor) -> int:
+    """The token of one row [V] with limits: by falling score the first one that they keep, mostly the very first."""
+    if params.top_k > 0 and params.top_p < 1.0:  # top-p is of what top-k leaves
+        return _draw_sorted(logits.unsqueeze(0), params, words)
+    scaled = _scaled(logits.unsqueeze(0), _temperatures([params]))[0]
+    weights = torch.exp(scaled)
+    allowed = params.top_p * float(weights.sum(dtype=torch.float64))
+    scores = scaled + gumbel_noise(words, torch.arange(len(logits), dtype=torch.int32))[0]
+    for token in scores.topk(min(_TRIES, len(logits))).indices.tolist():
+        before = scaled > scaled[token]
+        before[:token] |= scaled[:token] == scaled[token]
+        too_far = params.top_p < 1.0 and float(weights[before].sum(dtype=torch.float64)) >= allowed
+        too_low = 0 < params.top_k <= int(before.sum())
+        is_first = not before.any()
+        if is_first or not (too_far or too_low or weights[token] < params.min_p):
+            return int(token)
+    return _draw_sorted(logits.unsqueeze(0), params, words)
 
 
 def _draw_sorted(logits: Tensor, params: SamplingParams, words: Tensor) -> int:

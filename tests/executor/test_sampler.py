@@ -15,7 +15,8 @@ from transformers.generation.logits_process import (
 )
 
 from batchllm.core import SamplingParams
-from batchllm.executor.sampler import _limited, choose_tokens, token_logprobs
+from batchllm.executor.random_numbers import draw_words
+from batchllm.executor.sampler import _draw_sorted, _limited, choose_tokens, token_logprobs
 
 VOCABULARY = 211
 SETTINGS = [
@@ -102,6 +103,27 @@ def test_a_row_does_not_depend_on_what_it_is_batched_with() -> None:
         for row in range(rows)
     ]
     assert alone == together.tolist()
+
+
+def test_flat_rows_with_limits_draw_as_if_they_were_sorted() -> None:
+    """More tokens than candidates stay within the limits, so scores are looked at one by one."""
+    rows, vocabulary = 60, 2000
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(1)) * 0.7
+    logits[::3] = (logits[::3] * 4).round() / 4  # many equal ones
+    limits = [
+        SamplingParams(temperature=1.0, top_p=0.6),
+        SamplingParams(temperature=1.0, top_k=700),
+        SamplingParams(temperature=1.3, min_p=0.05),
+        SamplingParams(temperature=1.0, top_k=900, top_p=0.5),
+    ]
+    params, keys = [limits[row % 4] for row in range(rows)], keys_of(rows)
+    words = torch.from_numpy(draw_words(keys, np.zeros(rows, dtype=np.int64)))
+    expected = [_draw_sorted(logits[row : row + 1], params[row], words[row : row + 1]) for row in range(rows)]
+    assert choose_tokens(logits, params, keys, np.zeros(rows, dtype=np.int64)).tolist() == expected
+    cut = choose_tokens(
+        logits, [SamplingParams(temperature=1.0)] * rows, keys, np.zeros(rows, dtype=np.int64)
+    )
+    assert (cut != expected).sum() > 5
 
 
 def test_another_token_index_or_key_draws_anew() -> None:
