@@ -105,11 +105,12 @@ def _draw_limited(logits: Tensor, params: Sequence[SamplingParams], words: Tenso
         largest, order = _falling(logits, count + 1)
         # Which of several logits that equal the first one left out belong to the few is not known.
         complete = torch.isneginf(largest[:, count])
-        decided = (largest[:, count - 1] > largest[:, count]) | complete
+        certain = (largest[:, :count] > largest[:, count:]) | complete.unsqueeze(1)
+        left_out = torch.exp((largest[:, count] - largest[:, 0]).double() / temperature.squeeze(1))
         largest, order = largest[:, :count], order[:, :count]
     else:
         largest, order = logits.sort(dim=-1, descending=True, stable=True)
-        decided = complete = torch.ones(len(params), dtype=torch.bool)
+        decided = torch.ones(len(params), dtype=torch.bool)
     scaled = _scaled(largest, temperature)
     weights = torch.softmax(scaled, dim=-1, dtype=torch.float64)
     if count < size:
@@ -117,7 +118,7 @@ def _draw_limited(logits: Tensor, params: Sequence[SamplingParams], words: Tenso
         if reaches.any():
             total = _total_weight(logits[reaches], largest[reaches, :1], temperature[reaches])
             weights[reaches] = torch.exp(scaled[reaches].double()) / total
-        decided &= _is_within(weights, params) | complete
+        decided = _is_within(weights, certain, left_out, params) | complete
     kept = _limited(weights, params)
     scores = scaled + gumbel_noise(words, order.to(torch.int32))
     scores = scores.masked_fill(kept == 0.0, float("-inf"))
@@ -177,16 +178,19 @@ def _needs_total(params: SamplingParams, count: int) -> bool:
     return params.top_p < 1.0 and not 0 < params.top_k <= count
 
 
-def _is_within(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[n] whether what the limits keep is among the sorted weights [n, count] of the largest logits."""
-    count = weights.shape[1]
-    by_number = torch.tensor([0 < row.top_k <= count for row in params])
+def _is_within(
+    weights: Tensor, certain: Tensor, left_out: Tensor, params: Sequence[SamplingParams]
+) -> Tensor:
+    """[n] whether all that the limits keep is certain: among the sorted weights [n, count] of the largest logits, and
+    larger than the first logit left out, of which the weight is `left_out` [n] times the largest."""
+    top_k = torch.tensor([row.top_k for row in params])
+    by_number = (top_k > 0) & (top_k <= certain.sum(dim=-1))
     top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64)
     min_p = torch.tensor([row.min_p for row in params], dtype=torch.float64)
     # Of more than top_k tokens probabilities would be smaller: then all of them must be here.
-    by_weight = (weights.sum(dim=-1) >= top_p + 1e-9) & (top_p < 1.0)
-    by_weight &= torch.tensor([row.top_k == 0 for row in params])
-    by_ratio = weights[:, -1] < min_p * weights[:, 0]
+    by_weight = ((weights * certain).sum(dim=-1) >= top_p + 1e-9) & (top_p < 1.0)
+    by_weight &= top_k == 0
+    by_ratio = left_out < min_p * (1 - 1e-9)
     by_ratio &= torch.tensor([row.top_k == 0 or row.top_p == 1.0 for row in params])
     return by_number | by_weight | by_ratio
 

@@ -115,8 +115,11 @@ def test_flat_rows_with_limits_draw_as_if_they_were_sorted() -> None:
         SamplingParams(temperature=1.0, top_k=700),
         SamplingParams(temperature=1.3, min_p=0.05),
         SamplingParams(temperature=1.0, top_k=900, top_p=0.5),
+        SamplingParams(temperature=1.0, top_k=50),
+        SamplingParams(temperature=0.2, top_p=0.7),
+        SamplingParams(temperature=0.3, min_p=0.2, top_k=200),
     ]
-    params, keys = [limits[row % 4] for row in range(rows)], keys_of(rows)
+    params, keys = [limits[row % 7] for row in range(rows)], keys_of(rows)
     words = torch.from_numpy(draw_words(keys, np.zeros(rows, dtype=np.int64)))
     expected = [_draw_sorted(logits[row : row + 1], params[row], words[row : row + 1]) for row in range(rows)]
     assert choose_tokens(logits, params, keys, np.zeros(rows, dtype=np.int64)).tolist() == expected
