@@ -5,6 +5,7 @@ python -m tests.kernels.resource_table     prints it anew
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 
 from batchllm_kernels.compile_check import Compiled, Compiler
@@ -35,8 +36,8 @@ def table_row(kernel: str, compiled: Compiled) -> str:
 def committed_rows() -> dict[str, str]:
     """Lines of the table in docs/kernels.md, by kernel."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
-    rows = lines[lines.index(_HEADER) + 2 :]
-    return {line.split("|")[1].strip(): line for line in rows if line.startswith("|")}
+    rows = takewhile(lambda line: line.startswith("|"), lines[lines.index(_HEADER) + 2 :])
+    return {line.split("|")[1].strip(): line for line in rows}
 
 
 def main() -> None:
