@@ -77,17 +77,28 @@ def collapse_requests(
     own = len(prompts.params) + np.arange(len(planned))
     kind = np.where(greedy, params, own)
 
-    together = np.lexsort((kind, prompt))  # stable: ascending requests within a sequence
+    together = _sorted_by_prompt(prompt, kind)
     prompt, kind, params, request = prompt[together], kind[together], params[together], planned[together]
     new = np.ones(len(planned), dtype=np.bool_)
     new[1:] = (prompt[1:] != prompt[:-1]) | (kind[1:] != kind[:-1])
     first = np.flatnonzero(new)
     count = np.diff(first, append=len(planned))
 
-    by_request = np.lexsort((request[first], prompt[first]))
-    first, count = first[by_request], count[by_request]
+    if (prompt[first[1:]] == prompt[first[:-1]]).any():  # else they are in order already
+        by_request = np.lexsort((request[first], prompt[first]))
+        first, count = first[by_request], count[by_request]
     ptr = np.append(0, np.cumsum(count))
     return Sequences(prompt[first], params[first], ptr, request[take_ranges(first, count)])
+
+
+def _sorted_by_prompt(prompt: IntArray, kind: IntArray) -> IntArray:
+    """Indices by prompt, then kind, then place. Without a sort where every prompt is there once, as most often."""
+    place = np.full(int(prompt.max(initial=-1)) + 1, -1, dtype=np.int64)
+    place[prompt] = np.arange(len(prompt))
+    if len(place) == len(prompt) and place.min(initial=0) >= 0:
+        return place
+    ordered: IntArray = np.lexsort((kind, prompt))
+    return ordered
 
 
 def take_ranges(start: IntArray, count: IntArray) -> IntArray:
