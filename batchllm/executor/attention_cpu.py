@@ -16,22 +16,18 @@ from torch import Tensor
 
 from batchllm.executor.attention_math import add_product, products, scores
 from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, Run, StepReads, plan_reads
-from batchllm.executor.kv_pool import KvPool, KvWriter
+from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.pool_attention import PoolAttention
 from batchllm.executor.step import StepBatch
 
 
-class CpuStepAttention:
+class CpuStepAttention(PoolAttention):
     """`StepAttention` over a KvPool. Built once per step, used by every layer."""
 
     def __init__(self, pool: KvPool, batch: StepBatch):
-        self._pool = pool
-        self._writer = KvWriter(pool, batch)
-        self._all = (batch.chunks, batch.shared_reads)
-        self._last = batch.logit_tokens()
-        self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
-        self._reads: dict[
-            tuple[int | None, bool, int], StepReads
-        ] = {}  # by window, last_only and query heads
+        super().__init__(pool, batch)
+        # By window, last_only and query heads.
+        self._reads: dict[tuple[int | None, bool, int], StepReads] = {}
         self._scratch = torch.empty(0)
 
     def attend(
@@ -72,9 +68,7 @@ class CpuStepAttention:
     def _planned(self, window: int | None, last_only: bool, query: Tensor) -> StepReads:
         key = (window, last_only, len(query))
         if key not in self._reads:
-            work = self._last if last_only else self._all
-            assert work is not None, "logits are read of tokens that do not end a chunk"
-            self._reads[key] = plan_reads(*work, window, query.dtype, len(query))
+            self._reads[key] = plan_reads(*self._work(last_only), window, query.dtype, len(query))
         return self._reads[key]
 
     def _buffer(self, band: Band, heads: int, dtype: torch.dtype) -> Tensor:

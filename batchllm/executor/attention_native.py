@@ -10,8 +10,9 @@ from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend
 from torch import Tensor
 
 from batchllm.executor.attention_tiles import plan_tiles
-from batchllm.executor.kv_pool import KvPool, KvWriter, LayerKv
+from batchllm.executor.kv_pool import KvPool, LayerKv
 from batchllm.executor.native import native_kernels
+from batchllm.executor.pool_attention import PoolAttention
 from batchllm.executor.step import StepBatch
 
 
@@ -22,15 +23,12 @@ def kernels_for(layers: Sequence[LayerKv], dtype: torch.dtype) -> ctypes.CDLL | 
     return native_kernels(dtype)
 
 
-class NativeStepAttention:
+class NativeStepAttention(PoolAttention):
     """`StepAttention` over a KvPool, in bfloat16. Built once per step, used by every layer."""
 
     def __init__(self, kernels: ctypes.CDLL, pool: KvPool, batch: StepBatch):
-        self._kernels, self._pool = kernels, pool
-        self._writer = KvWriter(pool, batch)
-        self._all = (batch.chunks, batch.shared_reads)
-        self._last = batch.logit_tokens()
-        self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)
+        super().__init__(pool, batch)
+        self._kernels = kernels
         self._reads: dict[tuple[int, bool], TiledReads] = {}  # by query heads of a KV head, and last_only
 
     def attend(
@@ -67,9 +65,7 @@ class NativeStepAttention:
     def _planned(self, group: int, last_only: bool) -> TiledReads:
         key = (group, last_only)
         if key not in self._reads:
-            work = self._last if last_only else self._all
-            assert work is not None, "logits are read of tokens that do not end a chunk"
-            self._reads[key] = plan_tiles(*work, group)
+            self._reads[key] = plan_tiles(*self._work(last_only), group)
         return self._reads[key]
 
 

@@ -12,7 +12,7 @@ cell is written by one read, or filled because the row has nothing there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from batchllm.executor.attention_bands import PieceSize, cut_into_bands
 from batchllm.executor.step import Chunk, SharedRead
+from batchllm.executor.tree_order import first_rows, row_ranges, tree_order
 
 _SHORT = 96  # chunks whose own stretch is at most this long are read together, each masking the others
 _TILE_ROWS = 64  # tokens of short chunks in a tile
@@ -116,8 +117,7 @@ def plan_reads(
     """
     if not chunks:
         return StepReads(None, [])
-    reads = sorted(shared_reads, key=lambda read: read.start)
-    ordered = _tree_order(chunks, reads)
+    ordered = tree_order(chunks, shared_reads)
     flat = np.concatenate([np.arange(chunk.first, chunk.first + chunk.count) for chunk in ordered])
     is_sorted = bool((np.diff(flat) == 1).all()) and flat[0] == 0
     pieces = [*_pieces(ordered, window)]
@@ -125,26 +125,10 @@ def plan_reads(
         _band(pieces[first:last], window, dtype)
         for first, last in cut_into_bands([piece.size for piece in pieces], query_heads)
     ]
-    place = np.empty(int(flat.max()) + 1, dtype=np.int64)
-    place[flat] = np.arange(len(flat))
-    for read in reads:
-        _add_node_read(bands, read, place, window, dtype)
+    row_of = first_rows(ordered)
+    for read in sorted(shared_reads, key=lambda read: read.start):
+        _add_node_read(bands, read, row_of, window, dtype)
     return StepReads(None if is_sorted else torch.from_numpy(flat), [band.band for band in bands])
-
-
-def _tree_order(chunks: Sequence[Chunk], reads: Sequence[SharedRead]) -> list[Chunk]:
-    """Decode tokens first, then prompts; readers of one node side by side, and neighbours in the pool too."""
-    path: dict[int, list[int]] = {chunk.first: [] for chunk in chunks}
-    for number, read in enumerate(reads):
-        for chunk in read.chunks:
-            path[chunk.first].append(number)
-
-    def key(chunk: Chunk) -> tuple[bool, list[int], int, int]:
-        single = chunk.count == 1
-        capacity = chunk.extent.capacity if single else 0
-        return not single, path[chunk.first], capacity, chunk.extent.offset
-
-    return sorted(chunks, key=key)
 
 
 # ---- pieces: rows that stay in one band
@@ -383,11 +367,11 @@ def _tile(piece: _Piece, window: int | None, dtype: torch.dtype) -> Tile:
 def _add_node_read(
     bands: Sequence[_PlannedBand],
     read: SharedRead,
-    place: NDArray[np.int64],
+    row_of: Mapping[int, int],
     window: int | None,
     dtype: torch.dtype,
 ) -> None:
-    ranges = _row_ranges(read.chunks, place)
+    ranges = row_ranges(read.chunks, row_of)
     index = 0
     for first, last in ranges:
         while index and bands[index - 1].band.last > first:
@@ -398,17 +382,6 @@ def _add_node_read(
             if begin < end:
                 _add_to_band(planned, read, begin, end, window, dtype)
             index += 1
-
-
-def _row_ranges(chunks: Sequence[Chunk], place: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """The rows of these chunks as ranges; in tree order that is one for decode tokens and one for prompts."""
-    ranges: list[tuple[int, int]] = []
-    for first, count in sorted((int(place[chunk.first]), chunk.count) for chunk in chunks):
-        if ranges and ranges[-1][1] == first:
-            ranges[-1] = (ranges[-1][0], first + count)
-        else:
-            ranges.append((first, first + count))
-    return ranges
 
 
 def _add_to_band(

@@ -14,10 +14,10 @@ from batchllm_kernels.cpu.attention import TiledReads
 from numpy.typing import NDArray
 
 from batchllm.executor.step import Chunk, SharedRead
+from batchllm.executor.tree_order import first_rows, row_ranges, tree_order
 
-_QUERIES = (
-    128  # of a tile and KV head: enough to make packing a block of keys cheap, few enough to balance threads
-)
+# Queries of a tile and KV head: enough to make packing a block of keys cheap, few enough to balance threads.
+_QUERIES = 128
 
 
 def plan_tiles(chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], group: int) -> TiledReads:
@@ -31,38 +31,18 @@ def plan_tiles(chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], grou
     within = np.arange(count.sum()) - np.repeat(first, count)
     token = np.repeat([chunk.first for chunk in ordered], count) + within
     position = np.repeat([chunk.position for chunk in ordered], count) + within
-    reads = [_own(chunk, row) for chunk, row in zip(ordered, first.tolist())]
-    row_of = dict(zip((chunk.first for chunk in ordered), first.tolist()))
+    row_of = first_rows(ordered)
+    reads = [_own(chunk, row_of[chunk.first]) for chunk in ordered]
     for read in shared_reads:
         reads += [
-            (*rows, read.extent.offset, read.start, read.length) for rows in _row_ranges(read.chunks, row_of)
+            (*rows, read.extent.offset, read.start, read.length) for rows in row_ranges(read.chunks, row_of)
         ]
     tile_first = _tile_bounds(count, max(1, _QUERIES // group))
     return _cut(np.array(reads, dtype=np.int64), token, position, tile_first)
 
 
-def tree_order(chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead]) -> list[Chunk]:
-    """Decode tokens first, then prompts; readers of one node side by side, and neighbours in the pool too."""
-    path: dict[int, list[int]] = {chunk.first: [] for chunk in chunks}
-    for number, read in enumerate(sorted(shared_reads, key=lambda read: read.start)):
-        for chunk in read.chunks:
-            path[chunk.first].append(number)
-    return sorted(chunks, key=lambda chunk: (chunk.count > 1, path[chunk.first], chunk.extent.offset))
-
-
 def _own(chunk: Chunk, row: int) -> tuple[int, int, int, int, int]:
     return row, row + chunk.count, chunk.extent.offset, chunk.node_start, chunk.held_before + chunk.count
-
-
-def _row_ranges(chunks: Sequence[Chunk], row_of: dict[int, int]) -> list[tuple[int, int]]:
-    """The rows of these chunks as ranges; in tree order that is one for decode tokens and one for prompts."""
-    ranges: list[tuple[int, int]] = []
-    for first, count in sorted((row_of[chunk.first], chunk.count) for chunk in chunks):
-        if ranges and ranges[-1][1] == first:
-            ranges[-1] = (ranges[-1][0], first + count)
-        else:
-            ranges.append((first, first + count))
-    return ranges
 
 
 def _tile_bounds(count: NDArray[np.int64], rows: int) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from batchllm_kernels.kernel_set import KernelSet
 from torch import Tensor, nn
 
 from batchllm.executor.attention_paged import PagedStepAttention
+from batchllm.executor.joined_linear import join_linears
 
 # Models of exactly this form: token embedding, layers, norm, output projection; layers of norm, attention with rotary
 # positions (half rotation), norm, MLP.
@@ -80,7 +81,7 @@ class _Layer:
         self._window = _window(attention)
         self._query_heads = attention.q_proj.out_features // self._head_dim
         self._kv_heads = attention.k_proj.out_features // self._head_dim
-        self._qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._qkv = join_linears(attention.q_proj, attention.k_proj, attention.v_proj)
         self._output = attention.o_proj
         self._norms: dict[str, Any] = {}
         if hasattr(attention, "q_norm"):
@@ -90,7 +91,7 @@ class _Layer:
                 "epsilon": attention.q_norm.variance_epsilon,
             }
         self._mlp = layer.mlp
-        self._gate_up = joined(self._mlp.gate_proj, self._mlp.up_proj) if _is_gated(self._mlp) else None
+        self._gate_up = join_linears(self._mlp.gate_proj, self._mlp.up_proj) if _is_gated(self._mlp) else None
 
     def write(self, normed: Tensor, cos: Tensor, sin: Tensor, attention: PagedStepAttention) -> Tensor:
         """Puts the tokens' keys and values into the pool; returns their queries [T, Hq, D]."""
@@ -125,21 +126,6 @@ class _Layer:
         mixed = self._mlp(normed.unsqueeze(0))
         first: Tensor = mixed[0] if isinstance(mixed, tuple) else mixed
         return first.view(normed.shape)
-
-
-def joined(*linears: nn.Linear) -> nn.Linear:
-    """One linear whose output is theirs, one after another. Their weights become views of its weight."""
-    outputs, has_bias = sum(one.out_features for one in linears), linears[0].bias is not None
-    both = nn.Linear(linears[0].in_features, outputs, bias=has_bias, device="meta")
-    weight = torch.cat([one.weight.data for one in linears])
-    both.weight = nn.Parameter(weight, requires_grad=False)
-    if has_bias:
-        both.bias = nn.Parameter(torch.cat([one.bias.data for one in linears]), requires_grad=False)
-    first = 0
-    for one in linears:
-        one.weight.data = weight[first : first + one.out_features]
-        first += one.out_features
-    return both
 
 
 def _weight(norm: Any) -> tuple[Tensor, float]:

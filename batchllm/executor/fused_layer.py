@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchllm.executor.forward_context import current_step
+from batchllm.executor.joined_linear import join_linears, share_rows
 from batchllm.executor.layer_ops import BetweenProducts, ops_for, rms_norm
 
 # Decoder layers of exactly this form: norm, attention with rotary positions (half rotation), norm, gated MLP.
@@ -36,8 +37,8 @@ class FusedDecoderLayer(nn.Module):
         self.scale = float(attention.scaling)
         self.window = _window(attention)
         self.q_size, self.kv_size = attention.q_proj.out_features, attention.k_proj.out_features
-        self.qkv = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up = _fuse(mlp.gate_proj, mlp.up_proj)
+        self.qkv = join_linears(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = join_linears(mlp.gate_proj, mlp.up_proj)
         self.ops = ops
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
@@ -93,8 +94,8 @@ class FusedDecoderLayer(nn.Module):
     def restore_originals(self) -> None:
         """Gives them their weights again, from this layer's plain ones."""
         unused = self.unused()
-        _share(self.qkv.weight, *unused[:3])
-        _share(self.gate_up.weight, *unused[3:])
+        share_rows(self.qkv.weight, *unused[:3])
+        share_rows(self.gate_up.weight, *unused[3:])
 
 
 def fuse_layers(model: Any) -> bool:
@@ -138,25 +139,3 @@ def _window(attention: Any) -> int | None:
     if type(attention).__name__ == "MistralAttention":
         return getattr(attention.config, "sliding_window", None)
     return None
-
-
-def _fuse(*linears: nn.Linear) -> nn.Linear:
-    """One linear whose output is theirs, one after another. Their weights become views of its weight."""
-    inputs = linears[0].in_features
-    outputs = sum(linear.out_features for linear in linears)
-    biased = linears[0].bias is not None
-    fused = nn.Linear(inputs, outputs, bias=biased, device="meta")
-    weight = torch.cat([linear.weight.data for linear in linears])
-    fused.weight = nn.Parameter(weight, requires_grad=False)
-    if biased:
-        fused.bias = nn.Parameter(torch.cat([linear.bias.data for linear in linears]), requires_grad=False)
-    _share(fused.weight, *linears)
-    return fused
-
-
-def _share(weight: Tensor, *linears: Any) -> None:
-    """Makes the rows of `weight`, in order, the linears' weights."""
-    first = 0
-    for linear in linears:
-        linear.weight = nn.Parameter(weight.data[first : first + linear.out_features], requires_grad=False)
-        first += linear.out_features
