@@ -21,6 +21,7 @@ from batchllm.core import (
     SequenceResult,
 )
 from batchllm.dataset.answer_cache import AnswerCache
+from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.results import ResultStore
 from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
@@ -182,20 +183,30 @@ def _first(draft: PlanDraft, sample_rows: int | None) -> NDArray[np.bool_] | Non
     return sampled if missing.any() and not missing.all() else None
 
 
+def load_before_opening(
+    job: JobSpec, prompts: PromptTable, overwrite: bool, watch: Stopwatch, placement: Placement
+) -> LoadedModel | None:
+    """The model, if the job's folder is a new one and there are prompts to answer.
+
+    When it turns out not to run, nothing may be left in a new folder and nothing of another job's results may be lost,
+    so then it is loaded first.
+    """
+    is_new = overwrite or not parquet_files(job.output.path)
+    if not is_new or len(prompts.faults) == prompts.num_rows:
+        return None
+    return load_checked_model(job, watch, placement)
+
+
 def load_checked_model(job: JobSpec, watch: Stopwatch, placement: Placement) -> LoadedModel:
     """The model, checked, and the tokens that its KV memory holds."""
     from batchllm.executor.budget import kv_token_budget
-    from batchllm.executor.model import load_model
-    from batchllm.executor.parity import check_parity
-    from batchllm.executor.quantize import quantize_model
+    from batchllm.executor.ready_model import load_ready_model
 
+    chosen = job.model
     with watch.time("load"):
-        model = load_model(job.model.path, job.model.dtype, job.model.trust_remote_code, placement)
-        check_parity(model)
-        if job.model.quantize:
-            quantize_model(model, job.model.quantize)
-        else:
-            model.pack()
+        model = load_ready_model(
+            chosen.path, chosen.dtype, chosen.trust_remote_code, placement, chosen.quantize
+        )
     return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory, job.engine.max_step_tokens))
 
 

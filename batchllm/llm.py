@@ -23,11 +23,10 @@ from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.device import choose_device, this_machine
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.grammars import refuse_impossible_structures
-from batchllm.executor.model import load_model
 from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
-from batchllm.executor.parity import check_parity
-from batchllm.executor.quantize import check_quantization, quantize_model
+from batchllm.executor.quantize import check_quantization
+from batchllm.executor.ready_model import load_ready_model
 from batchllm.executor.trace import StepTrace
 from batchllm.job import check_params
 from batchllm.job_values import parse_bytes
@@ -164,12 +163,7 @@ class LLM:
         self._tokenizer = None if skip_tokenizer_init else load_tokenizer(str(model), trust_remote_code)
         config, _ = load_config(str(model), trust_remote_code)
         placement = choose_device(_device(device), weight_bytes(config, dtype), this_machine())
-        self._model = load_model(str(model), dtype, trust_remote_code, placement)
-        check_parity(self._model)
-        if quantize is not None:
-            quantize_model(self._model, quantize)
-        else:
-            self._model.pack()
+        self._model = load_ready_model(str(model), dtype, trust_remote_code, placement, quantize)
         memory = parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
         self._run_options = RunOptions(memory, max_step_tokens, PlanOptions(min_shared_tokens))
         self.last_run: TableRun | None = None  # of score_and_generate: what it shared

@@ -13,12 +13,11 @@ from batchllm.dataset.answer_cache import AnswerCache
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
-from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
-from batchllm.execution import Execution, answer_all, load_checked_model
+from batchllm.execution import Execution, answer_all, load_before_opening
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.grammars import refuse_impossible_structures
 from batchllm.executor.model_folder import check_model_folder, fingerprint
@@ -95,11 +94,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         configuration = _configuration(job)
         requests = make_requests(prompts, rows.ids, configuration)
-        # When the model turns out not to run, nothing may be left in a new folder and nothing of another job's
-        # results may be lost, so it is loaded first.
-        is_new = overwrite or not parquet_files(job.output.path)
-        is_needed = is_new and len(prompts.faults) < prompts.num_rows
-        model = load_checked_model(job, watch, placement) if is_needed else None
+        model = load_before_opening(job, prompts, overwrite, watch, placement)
         candidates = Candidates(prompts, requests, rows.ids, configuration)
         with ResultStore.open(
             job.output.path,

@@ -12,12 +12,11 @@ from batchllm.answers import faults_of
 from batchllm.core import RequestResult, RequestTable
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
-from batchllm.dataset.parts import parquet_files
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
-from batchllm.execution import load_checked_model
+from batchllm.execution import load_before_opening, load_checked_model
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import fingerprint
 from batchllm.job import JobSpec
@@ -53,9 +52,7 @@ def run_score_job(
         check_lengths(limit, _longest(rows, max_length), config.model_type)
         configuration = _configuration(job, prefix, max_length)
         requests = make_requests(rows.prompts, rows.ids, configuration)
-        is_new = overwrite or not parquet_files(job.output.path)
-        is_needed = is_new and len(rows.prompts.faults) < rows.prompts.num_rows
-        loaded = load_checked_model(job, watch, placement) if is_needed else None
+        loaded = load_before_opening(job, rows.prompts, overwrite, watch, placement)
         with ResultStore.open(
             job.output.path,
             identity,

@@ -27,8 +27,8 @@ from batchllm.dataset.load import prompts_from_list
 from batchllm.executor import calibrate
 from batchllm.executor.budget import engine_options, kv_token_budget
 from batchllm.executor.engine import Engine
-from batchllm.executor.model import ModelRunner, load_model
-from batchllm.executor.parity import check_parity
+from batchllm.executor.model import ModelRunner
+from batchllm.executor.ready_model import load_ready_model
 from batchllm.executor.step import StepBatch
 from batchllm.executor.stopping import StopRules
 from batchllm.forecast import forecast, simulate_plan
@@ -59,8 +59,7 @@ def main(names: str, cpu_time: bool, threads: int | None, out: Path | None) -> N
     if cpu_time:
         calibrate._clock = time.process_time
     with tempfile.TemporaryDirectory() as scratch:
-        model = load_model(str(make_model(Path(scratch) / "model")))
-        check_parity(model)
+        model = load_ready_model(str(make_model(Path(scratch) / "model")))
         rows = [_measure(model, name) for name in names.split(",")]
     for row in rows:
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))

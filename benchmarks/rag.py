@@ -30,8 +30,8 @@ from batchllm.chunkcache.lookup import ChunkLookup
 from batchllm.chunkcache.store import ChunkStore
 from batchllm.core import ChunkTable, PromptTable, RequestTable, SamplingParams
 from batchllm.executor.engine import Engine, EngineOptions
-from batchllm.executor.model import ModelRunner, load_model
-from batchllm.executor.parity import check_parity
+from batchllm.executor.model import ModelRunner
+from batchllm.executor.ready_model import load_ready_model
 from batchllm.executor.stopping import StopRules
 from batchllm.job import ChunksSpec
 from batchllm.planner.plan import PlanOptions, build_plan
@@ -160,8 +160,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         folder = make_model(scratch / "model", model_name)
-        model = load_model(str(folder), "auto")
-        check_parity(model)
+        model = load_ready_model(str(folder))
         ours = Ours(model, workload, chunks, scratch / "store", share)
         report["precompute"] = ours.precompute()
         click.echo(f"precompute: {report['precompute']}")

@@ -200,15 +200,6 @@ class ChunkFile:
         """[layers] encoded size of each layer."""
         return self._table["bytes"].astype(np.int64)
 
-    def will_need(self, index: int) -> None:
-        """Asks the operating system to read a layer ahead, where it can be asked."""
-        advise = getattr(self._map, "madvise", None)
-        if advise is None or not hasattr(mmap, "MADV_WILLNEED"):
-            return
-        row = self._table[index]
-        begin = int(row["offset"]) // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(mmap.MADV_WILLNEED, begin, int(row["offset"]) + int(row["bytes"]) - begin)
-
     def _check_fixed(self, start: bytes, size: int) -> _Fixed:
         if len(start) < _FIXED.size or not start.startswith(_MAGIC):
             raise DamagedChunk(f"{self.path}: is not a chunk file")

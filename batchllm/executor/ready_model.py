@@ -1,0 +1,25 @@
+"""A model from its folder to the state in which it runs."""
+
+from __future__ import annotations
+
+from batchllm.executor.device import Placement
+from batchllm.executor.model import ModelRunner, load_model
+from batchllm.executor.parity import check_parity
+from batchllm.executor.quantize import quantize_model
+
+
+def load_ready_model(
+    path: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    placement: Placement | None = None,
+    quantize: str | None = None,
+) -> ModelRunner:
+    """Loaded, checked, with its fast layers in place, and its weights quantised or packed. Raises ModelError."""
+    model = load_model(path, dtype, trust_remote_code, placement)
+    check_parity(model)
+    if quantize:
+        quantize_model(model, quantize)
+    else:
+        model.pack()
+    return model
