@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchllm.api import run
-    from batchllm.llm import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from batchllm.llm import LLM, SamplingParams
+    from batchllm.llm_outputs import CompletionOutput, RequestOutput
     from batchllm.pipeline import RunSummary
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "RunSummary", "SamplingParams", "run"]
 
 _HOMES = {
     "LLM": "batchllm.llm",
-    "CompletionOutput": "batchllm.llm",
-    "RequestOutput": "batchllm.llm",
+    "CompletionOutput": "batchllm.llm_outputs",
+    "RequestOutput": "batchllm.llm_outputs",
     "SamplingParams": "batchllm.llm",
     "RunSummary": "batchllm.pipeline",
     "run": "batchllm.api",

@@ -59,6 +59,7 @@ def _answer(
         shared_tokens=int(plan.request_shared[request]),
         logprobs=result.logprobs,
         top_logprobs=result.top_logprobs,
+        prompt_logprobs=result.prompt_logprobs,
     )
 
 

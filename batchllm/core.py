@@ -47,6 +47,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0  # the log-probabilities of so many most probable tokens beside each token
+    prompt_logprobs: int | None = (
+        None  # of the prompt's own tokens, and so many most probable ones beside each
+    )
     best_of: int = 0  # answers computed, of which the `n` with the largest mean log-probability stay; 0: n
     repetition_penalty: float = (
         1.0  # of every token of prompt and output: logits divided by it, or times it below 0
@@ -187,6 +190,19 @@ class PlanStats:
     planned_tokens: int  # what this plan computes when nothing has to be recomputed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Natural log-probabilities of a prompt's own tokens, each given all before it. `n` tokens, `k` beside each.
+
+    Before the first token is nothing: its entries are NaN, and -1 as the tokens beside it.
+    """
+
+    tokens: TokenArray  # [n] the prompt
+    logprobs: NDArray[np.float32]  # [n]
+    top_tokens: NDArray[np.int32]  # [n, k] the most probable tokens, falling
+    top_logprobs: NDArray[np.float32]  # [n, k]
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceResult:
     """One finished stream of tokens, as the executor reports it."""
@@ -198,6 +214,7 @@ class SequenceResult:
     error: str | None = None
     logprobs: tuple[float, ...] | None = None  # of each token, natural log, when asked for
     top_logprobs: TopLogprobs | None = None  # of the most probable tokens beside each, when asked for
+    prompt_logprobs: PromptLogprobs | None = None  # when asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,3 +232,4 @@ class RequestResult:
     logprob: float | None = None  # of all scored tokens together, where the request is to score
     is_greedy: bool | None = None  # whether greedy decoding gives just these
     top_logprobs: TopLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None

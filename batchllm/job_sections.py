@@ -27,6 +27,7 @@ from batchllm.job_values import (
     PathText,
     Pattern,
     Penalty,
+    PromptTop,
     Reorder,
     ReuseMode,
     Seconds,
@@ -145,6 +146,7 @@ class GenerateSpec(Section):
     ignore_eos: OrColumn[Flag] = False
     logprobs: OrColumn[Flag] = False
     top_logprobs: OrColumn[TopLogprobs] = 0
+    prompt_logprobs: OrColumn[PromptTop] = None
     best_of: OrColumn[CountOrNone] = 0
     repetition_penalty: OrColumn[Factor] = 1.0
     frequency_penalty: OrColumn[Penalty] = 0.0

@@ -15,6 +15,7 @@ from batchllm.job_errors import describe
 
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
+_MOST_LOGPROBS = 100  # beside each token
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
@@ -114,6 +115,17 @@ def _json_schema(value: object) -> object:
         raise ValueError(f"must be a JSON schema: {error}") from None
 
 
+def _prompt_logprobs(value: object) -> object:
+    """true: of the prompt's tokens alone; a number: and of so many most probable tokens beside each."""
+    if value is None or isinstance(value, bool):
+        return 0 if value else None
+    if not isinstance(value, int) or not 0 <= value <= _MOST_LOGPROBS:
+        raise ValueError(
+            f"must be true, false or a whole number from 0 to {_MOST_LOGPROBS}, found {describe(value)}"
+        )
+    return value
+
+
 def _kept_columns(value: object) -> object:
     if value == "all":
         return value
@@ -153,7 +165,8 @@ MinP = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=_MAX_INT64)]
 StopStrings = Annotated[tuple[str, ...], BeforeValidator(_stop_strings)]
 StopTokens = tuple[CountOrNone, ...]
-TopLogprobs = Annotated[int, Field(strict=True, ge=0, le=100)]
+TopLogprobs = Annotated[int, Field(strict=True, ge=0, le=_MOST_LOGPROBS)]
+PromptTop = Annotated[int | None, BeforeValidator(_prompt_logprobs)]
 Factor = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LogitBias = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from batchllm import core
 from batchllm.candidates import Candidates
-from batchllm.core import PromptTable, RequestResult, RequestTable
+from batchllm.core import PromptTable, RequestResult
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import prompts_from_list
 from batchllm.dataset.tokenizer import load_tokenizer
@@ -36,6 +36,7 @@ from batchllm.limits import (
     refuse_unknown_params,
     refuse_unknown_tokens,
 )
+from batchllm.llm_outputs import CompletionOutput, RequestOutput, completion_of, outputs_of, text_of
 from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
 from batchllm.scoring import Score, TokenSpan, encode_all, mixed_table, pair_spans, windows
@@ -47,30 +48,6 @@ _WITHOUT_EFFECT = frozenset(
     "enable_prefix_caching enable_chunked_prefill gpu_memory_utilization max_num_seqs max_model_len enforce_eager "
     "swap_space disable_log_stats seed tokenizer_mode cpu_offload_gb block_size".split()
 )
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One sample of one prompt."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str  # stop, length or error
-    logprobs: tuple[float, ...] | None = None  # of each token, when asked for
-    top_logprobs: core.TopLogprobs | None = None  # of the most probable tokens beside each
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """Everything for one prompt, in the order prompts were given."""
-
-    request_id: str
-    prompt: str | None  # None when token ids were given
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = True
 
 
 def SamplingParams(
@@ -85,6 +62,7 @@ def SamplingParams(
     stop_token_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | bool | None = None,
+    prompt_logprobs: int | bool | None = None,
     best_of: int | None = None,
     repetition_penalty: float = 1.0,
     frequency_penalty: float = 0.0,
@@ -103,7 +81,8 @@ def SamplingParams(
     """How tokens are chosen, with vLLM's names and defaults (temperature 1.0, 16 tokens). Raises JobError.
 
     `top_k` 0 or -1: no limit. `logprobs`: anything but None or False gives the log-probability of each token, and a
-    number above 0 those of so many most probable tokens beside it. At most one of `choice`, `regex`, `json_schema` and
+    number above 0 those of so many most probable tokens beside it; `prompt_logprobs` the same for the tokens of the
+    prompt. At most one of `choice`, `regex`, `json_schema` and
     `grammar` says which texts the answer may be.
     """
     return check_params(
@@ -120,6 +99,7 @@ def SamplingParams(
             ignore_eos=ignore_eos,
             logprobs=logprobs is not None and logprobs is not False,
             top_logprobs=0 if logprobs is None else int(logprobs) if logprobs is not True else 0,
+            prompt_logprobs=prompt_logprobs,
             best_of=best_of or 0,
             repetition_penalty=repetition_penalty,
             frequency_penalty=frequency_penalty,
@@ -185,7 +165,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers all prompts: texts, lists of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
         many = [prompts] if isinstance(prompts, str | Mapping) or _is_token_ids(prompts) else list(prompts)
-        if self._tokenizer is None and any(_text_of(prompt) is not None for prompt in many):
+        if self._tokenizer is None and any(text_of(prompt) is not None for prompt in many):
             raise ValueError("give token ids: the LLM was made with skip_tokenizer_init=True")
         params = SamplingParams() if sampling_params is None else sampling_params
         table = prompts_from_list(many, params, self._tokenizer)
@@ -272,7 +252,7 @@ class LLM:
         for row, item in enumerate(items):
             answer = answers[int(first[row])]
             if isinstance(item, tuple):
-                outputs.append(_completion(answer, 0))
+                outputs.append(completion_of(answer, 0))
             elif answer.error is not None or isinstance(item, str):
                 scores.append(Score.failed(answer.error or str(item)))
             else:
@@ -302,54 +282,17 @@ class LLM:
                 for answer in candidates.settle([found], none):
                     answers[answer.request] = answer
                     stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
-        return _outputs(many, prompts, requests, answers)
+        return outputs_of(many, prompts, requests, answers)
 
     def _check_needs_no_tokenizer(self, prompts: PromptTable) -> None:
         if self._tokenizer is None and any(params.bad_words or params.structure for params in prompts.params):
             raise ValueError("bad_words, choice, regex, json_schema and grammar need a tokenizer")
 
 
-def _outputs(
-    many: list[Any], prompts: PromptTable, requests: RequestTable, answers: Sequence[RequestResult | None]
-) -> list[RequestOutput]:
-    outputs: list[list[CompletionOutput]] = [[] for _ in many]
-    for answer in answers:
-        assert answer is not None, "a request was not answered"
-        outputs[int(requests.row[answer.request])].append(
-            _completion(answer, int(requests.sample[answer.request]))
-        )
-    return [
-        RequestOutput(
-            request_id=str(row),
-            prompt=_text_of(prompt),
-            prompt_token_ids=prompts.tokens[prompts.offsets[row] : prompts.offsets[row + 1]].tolist(),
-            outputs=outputs[row],
-        )
-        for row, prompt in enumerate(many)
-    ]
-
-
 def _device(name: str) -> str:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, found {name!r}")
     return name
-
-
-def _completion(answer: RequestResult, index: int) -> CompletionOutput:
-    return CompletionOutput(
-        index=index,
-        text=answer.output or "",
-        token_ids=answer.output_tokens,
-        finish_reason=answer.finish_reason,
-        logprobs=answer.logprobs,
-        top_logprobs=answer.top_logprobs,
-        error=answer.error,
-    )
-
-
-def _text_of(prompt: Any) -> str | None:
-    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-    return text if isinstance(text, str) else None
 
 
 def _is_token_ids(prompts: Sequence[Any]) -> bool:

@@ -102,10 +102,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             requests,
             rows.kept,
             configuration=configuration,
-            logprobs=Logprobs(
-                any(params.logprobs for params in prompts.params),
-                any(params.top_logprobs for params in prompts.params),
-            ),
+            logprobs=Logprobs.asked_for(prompts.params),
             fault_rows=prompts.faults.keys(),
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from batchllm.core import PromptTable, RequestResult, RequestTable
 from batchllm.dataset.columns import Columns, Logprobs
 from batchllm.dataset.keys import content_keys, match_keys
+from batchllm.dataset.prompt_columns import prompt_logprobs_of
 from batchllm.durable import make_folder, sync_file, writing
 
 _KEY = pa.field("key", pa.binary(16))
@@ -40,7 +41,7 @@ class AnswerCache:
         if is_greedy.any():
             self._keys[is_greedy] = content_keys(prompts, configuration)[requests.row[is_greedy]]
         self._known: set[bytes] = set()  # of this run; what others add meanwhile is kept twice, no more
-        columns = Columns(requests, pa.table({}), Logprobs(True, True))
+        columns = Columns(requests, pa.table({}), Logprobs(True, True, True))
         self._answer_table = columns.answer_table
         self._new: list[RequestResult] = []
 
@@ -113,4 +114,5 @@ class AnswerCache:
             top_logprobs=None
             if top is None
             else tuple(tuple((item["token"], item["logprob"]) for item in beside) for beside in top),
+            prompt_logprobs=prompt_logprobs_of(row),
         )

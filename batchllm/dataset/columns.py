@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from batchllm.core import IntArray, RequestResult, RequestTable, TopLogprobs
+from batchllm.core import IntArray, RequestResult, RequestTable, SamplingParams, TopLogprobs
+from batchllm.dataset.prompt_columns import PROMPT_LOGPROBS, TOKEN, prompt_logprob_arrays
 from batchllm.errors import JobError
 
 _ANSWER_FIELDS = (
@@ -22,8 +23,7 @@ _ANSWER_FIELDS = (
 )
 _LOGPROBS = pa.field("logprobs", pa.list_(pa.float32()))
 _SCORES = (pa.field("logprob", pa.float64()), pa.field("is_greedy", pa.bool_()))
-_TOP = pa.struct([pa.field("token", pa.int32()), pa.field("logprob", pa.float32())])
-_TOP_LOGPROBS = pa.field("top_logprobs", pa.list_(pa.list_(_TOP)))
+_TOP_LOGPROBS = pa.field("top_logprobs", pa.list_(pa.list_(TOKEN)))
 _SAMPLE = pa.field("sample", pa.int32())
 
 
@@ -32,6 +32,17 @@ class Logprobs(NamedTuple):
 
     of_tokens: bool = False
     of_others: bool = False  # of the most probable tokens beside each
+    of_prompts: bool = False
+
+    @classmethod
+    def asked_for(cls, params: Iterable[SamplingParams]) -> Logprobs:
+        """What any of these asks for."""
+        every = list(params)
+        return cls(
+            any(one.logprobs for one in every),
+            any(one.top_logprobs for one in every),
+            any(one.prompt_logprobs is not None for one in every),
+        )
 
 
 NO_LOGPROBS = Logprobs()
@@ -124,7 +135,9 @@ class Columns:
             "is_greedy": [r.is_greedy for r in results],
             "top_logprobs": [_top_values(r.top_logprobs) for r in results],
         }
-        arrays = [pa.array(values[field.name], field.type) for field in self.answers]
+        arrays = [pa.array(values[field.name], field.type) for field in self.answers if field.name in values]
+        if PROMPT_LOGPROBS[0] in self.answers:
+            arrays += prompt_logprob_arrays([r.prompt_logprobs for r in results])
         return pa.table(arrays, schema=self.answers)
 
     def stored_answers(self, table: pa.Table) -> pa.Table:
@@ -137,7 +150,9 @@ class Columns:
 
 def _added_fields(has_samples: bool, logprobs: Logprobs, has_scores: bool = False) -> list[pa.Field]:
     shown = [*([_LOGPROBS] if logprobs.of_tokens else []), *([_TOP_LOGPROBS] if logprobs.of_others else [])]
-    return [*([_SAMPLE] if has_samples else []), *_ANSWER_FIELDS, *shown, *(_SCORES if has_scores else ())]
+    last = PROMPT_LOGPROBS if logprobs.of_prompts else ()  # see Columns.answer_table
+    scores = _SCORES if has_scores else ()
+    return [*([_SAMPLE] if has_samples else []), *_ANSWER_FIELDS, *shown, *scores, *last]
 
 
 def _top_values(top: TopLogprobs | None) -> list[list[dict[str, float]]] | None:

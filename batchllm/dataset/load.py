@@ -70,7 +70,9 @@ def validate_columns(job: JobSpec, schema: pa.Schema) -> None:
     has_samples = job.generate.n != 1
     try:
         generate = job.generate
-        shown = Logprobs(generate.logprobs is not False, generate.top_logprobs != 0)
+        shown = Logprobs(
+            generate.logprobs is not False, generate.top_logprobs != 0, generate.prompt_logprobs is not None
+        )
         check_kept_names(_kept_columns(job, schema), has_samples, shown)
     except JobError as error:
         raise JobError(f"{job.source}: {error}") from None

@@ -12,10 +12,12 @@ from batchllm.dataset.rows import RowFault
 from batchllm.dataset.values import python_values
 from batchllm.job import GenerateSpec, InvalidParam
 
-_WHOLE = frozenset({"max_tokens", "top_k", "n", "seed", "top_logprobs", "best_of", "min_tokens"})
+_WHOLE = frozenset(
+    {"max_tokens", "top_k", "n", "seed", "top_logprobs", "prompt_logprobs", "best_of", "min_tokens"}
+)
 _TEXT = frozenset({"stop", "regex", "json_schema", "grammar"})
 _NULLABLE = frozenset(
-    "stop logit_bias bad_words allowed_token_ids choice regex json_schema grammar".split()
+    "prompt_logprobs stop logit_bias bad_words allowed_token_ids choice regex json_schema grammar".split()
 )  # null: none
 
 

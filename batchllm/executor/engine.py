@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchllm.core import FinishReason, Plan, PromptTable, RequestTable, SequenceResult
+from batchllm.core import FinishReason, Plan, PromptLogprobs, PromptTable, RequestTable, SequenceResult
 from batchllm.executor.backend import Backend
 from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.grammars import load_vocabulary
@@ -86,7 +86,11 @@ class Engine:
             score_reads,
             stored,
         )
-        self.scores = ScoreStore.empty(score_reads.num_scores if score_reads else 0)
+        self.score_reads = score_reads
+        self.scores = ScoreStore.empty(0)
+        if score_reads is not None:
+            top = np.minimum(score_reads.top, model.vocab_size)
+            self.scores = ScoreStore.empty(score_reads.num_scores, top)
         first_request = plan.request[plan.request_ptr[:-1]]
         self._keys = requests.key[first_request]  # [sequences, 2]
         self._kept_logits: dict[int, Tensor] = {}
@@ -234,7 +238,17 @@ class Engine:
             finish_reason=reason,
             logprobs=tuple(run.logprobs) if run.params.logprobs else None,
             top_logprobs=tuple(run.top_logprobs) if run.params.top_logprobs else None,
+            prompt_logprobs=self._prompt_logprobs(run),
         )
+
+    def _prompt_logprobs(self, run: Running) -> PromptLogprobs | None:
+        if run.params.prompt_logprobs is None:
+            return None
+        assert self.score_reads is not None, "nobody planned what the prompt's tokens are read from"
+        prompts, row = self.scheduler.prompts, int(self.plan.node_row[run.leaf])
+        tokens = np.asarray(prompts.tokens[prompts.offsets[row] : prompts.offsets[row + 1]])
+        numbers = self.score_reads.of_prompt(run.leaf)
+        return self.scores.prompt_logprobs(tokens, numbers, run.params.prompt_logprobs)
 
     def _problem(self, run: Running, reason: FinishReason, text: str) -> str | None:
         """Why what has been written is no answer."""

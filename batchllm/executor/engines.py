@@ -8,6 +8,7 @@ from typing import Any
 from batchllm.core import Plan, PromptTable, SamplingParams
 from batchllm.executor.engine import Engine
 from batchllm.executor.model import ModelRunner
+from batchllm.planner.score_reads import plan_score_reads
 
 
 def engine_for(
@@ -18,6 +19,8 @@ def engine_for(
     On a GPU, the engine that schedules ahead; but where the host has to see each token before the next one is chosen
     (structured output, penalties, ...), rows are scored or stored KV is put in, the plain one, with the GPU's kernels.
     """
+    if options.get("score_reads") is None and any(one.prompt_logprobs is not None for one in prompts.params):
+        options["score_reads"] = plan_score_reads(plan, prompts, arguments[0])
     plain = options.get("score_reads") is None and options.get("stored") is None
     plain = plain and all(_is_plain(params) for params in prompts.params)
     if model.placement.gpu is None or not plain:

@@ -70,7 +70,7 @@ def note_top_logprobs(logits: Tensor, running: Sequence[Running]) -> None:
         return
     wanted = torch.tensor(rows)
     most = min(logits.shape[1], max(running[row].params.top_logprobs for row in rows))
-    values, tokens = _falling(logits[wanted], most)
+    values, tokens = largest_logits(logits[wanted], most)
     values = values - torch.logsumexp(logits[wanted], dim=-1, keepdim=True)
     for row, ids, logprobs in zip(rows, tokens.tolist(), values.tolist()):
         count = running[row].params.top_logprobs
@@ -102,7 +102,7 @@ def _draw_limited(logits: Tensor, params: Sequence[SamplingParams], words: Tenso
     temperature, size = _temperatures(params), logits.shape[1]
     count = min(_CANDIDATES, size)
     if count < size:
-        largest, order = _falling(logits, count + 1)
+        largest, order = largest_logits(logits, count + 1)
         # Which of several logits that equal the first one left out belong to the few is not known.
         complete = torch.isneginf(largest[:, count])
         certain = (largest[:, :count] > largest[:, count:]) | complete.unsqueeze(1)
@@ -157,7 +157,7 @@ def _draw_sorted(logits: Tensor, params: SamplingParams, words: Tensor) -> int:
     return int(order[0, _first_largest(scores, order)[0, 0]])
 
 
-def _falling(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest logits [n, count] in falling order, and their tokens, of equal ones the smaller ids first."""
     tokens = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
     values, place = logits.gather(1, tokens).sort(dim=-1, descending=True, stable=True)

@@ -132,6 +132,10 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("logprobs"):
         top = row.get("top_logprobs") or 0
         body |= {"logprobs": top} if messages is None else {"logprobs": True, "top_logprobs": top}
+    if row.get("echo"):
+        body |= {"echo": True} if row["echo"] == "before" else {"echo": True, "max_tokens": 0}
+        if row.get("logprobs"):
+            body.pop("prompt_logprobs", None)  # which echo asks for
     template_args: Any = row.get("template_args")
     args = json.loads(template_args) if template_args else {}
     if "tools" in args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from batchllm.dataset.messages import clean_messages, parse_messages
 from batchllm.dataset.rows import RowFault
@@ -37,13 +37,13 @@ _SAMPLING = {
     "guided_regex": "regex",
     "guided_choice": "choice",
     "guided_grammar": "grammar",
+    "prompt_logprobs": "prompt_logprobs",
 }
 _TEMPLATE = ("add_generation_prompt", "continue_final_message", "chat_template", "documents")
 _IGNORED = frozenset("model user metadata store service_tier parallel_tool_calls stream_options".split())
 # Asked for nothing by these values, and not to be had otherwise.
 _ABSENT: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "echo": (False,),
     "suffix": ("",),
     "modalities": (["text"],),
     "functions": ([],),
@@ -54,7 +54,10 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
 _CHAT_ONLY = frozenset(
     {"messages", "tools", "top_logprobs", "response_format", "chat_template_kwargs", *_TEMPLATE}
 )
-_KNOWN = {*_SAMPLING, *_IGNORED, *_ABSENT, *_CHAT_ONLY, "prompt", "logprobs", "response_format"}
+_KNOWN = {"prompt", "echo", *_SAMPLING, *_IGNORED, *_ABSENT, *_CHAT_ONLY, "logprobs", "response_format"}
+
+
+Echo = Literal["before", "alone"]
 
 
 class BadLine(ValueError):
@@ -75,6 +78,7 @@ class BatchRequest:
     params: Mapping[str, Any]
     template_args: Mapping[str, Any]
     model: str | None
+    echo: Echo | None = None  # the prompt comes before the answer, or in its place
 
 
 def parse_line(line: bytes) -> BatchRequest:
@@ -114,12 +118,21 @@ def _request(custom_id: str, record: Mapping[str, Any]) -> BatchRequest:
         raise BadLine("invalid_body", f"body must be a JSON object, found {describe(body)}")
     body = {name: value for name, value in body.items() if value is not None}
     _check_names(body, url)
+    echo = _echo(body)
+    if echo == "alone":
+        body |= {"max_tokens": 1}  # the model has to read the prompt; the token is left out of the answer
     content = _messages(body) if url == CHAT else _prompt(body)
     params = _sampling(body, url)
     template_args = _template_args(body) if url == CHAT else {}
     model = body.get("model")
     return BatchRequest(
-        custom_id, url, content, params, template_args, model if isinstance(model, str) else None
+        custom_id,
+        url,
+        content,
+        params,
+        template_args,
+        model if isinstance(model, str) else None,
+        echo,
     )
 
 
@@ -129,8 +142,20 @@ def _check_names(body: Mapping[str, Any], url: str) -> None:
             hint = nearest(name, _KNOWN)
             known = f"; did you mean {hint}?" if hint and hint != name else ""
             raise BadLine("unknown_parameter", f"body.{name} is not a parameter of {url}{known}")
+        if name == "echo" and value is not False and url == CHAT:
+            raise BadLine("unsupported_parameter", f"body.echo belongs to {COMPLETIONS}; remove it")
         if name in _ABSENT and value not in _ABSENT[name]:
             raise BadLine("unsupported_parameter", f"body.{name} is not supported here; remove it")
+
+
+def _echo(body: Mapping[str, Any]) -> Echo | None:
+    echo = body.get("echo", False)
+    if not isinstance(echo, bool):
+        raise BadLine("invalid_parameter", f"body.echo must be true or false, found {describe(echo)}")
+    most = body.get("max_tokens")
+    if echo and most == 0 and not isinstance(most, bool):
+        return "alone"
+    return "before" if echo else None
 
 
 def _messages(body: Mapping[str, Any]) -> str:
@@ -164,6 +189,8 @@ def _sampling(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     given = {_SAMPLING[name]: value for name, value in body.items() if name in _SAMPLING}
     names = {_SAMPLING[name]: name for name in body if name in _SAMPLING}
     given |= _logprobs(body, url)
+    if url == COMPLETIONS:
+        names["top_logprobs"] = "logprobs"
     if "response_format" in body:
         given |= _response_format(body["response_format"])
     if given.get("top_k") == -1:
@@ -188,7 +215,8 @@ def _logprobs(body: Mapping[str, Any], url: str) -> dict[str, Any]:
         }
     if wanted is False:
         return {}
-    return {"logprobs": True, "top_logprobs": wanted}
+    prompt = {"prompt_logprobs": body.get("prompt_logprobs", wanted)} if body.get("echo") else {}
+    return {"logprobs": True, "top_logprobs": wanted, **prompt}
 
 
 def _response_format(value: Any) -> dict[str, Any]:

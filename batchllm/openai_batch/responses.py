@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from batchllm.openai_batch.requests import CHAT
+from batchllm.openai_batch.requests import CHAT, BatchRequest, Echo
 
 Answer = Mapping[str, Any]  # one row of a run's output
 
@@ -23,27 +24,31 @@ def error_line(number: int, custom_id: str | None, code: str, message: str) -> d
 
 
 def answer_line(
-    number: int, answers: Sequence[Answer], tokenizer: Any, model: str, created: int
+    number: int, request: BatchRequest, answers: Sequence[Answer], tokenizer: Any, model: str, created: int
 ) -> dict[str, Any]:
     """The line for a request from its samples, in order. One that failed speaks for all."""
     first = answers[0]
     failed = next((answer for answer in answers if answer["error"] is not None), None)
     if failed is not None:
         return error_line(number, first["custom_id"], "cannot_be_answered", str(failed["error"]))
-    is_chat = first["url"] == CHAT
+    is_chat = request.url == CHAT
+    if request.echo == "alone":
+        answers = [{**answer, **_NOTHING} for answer in answers]
     completion_tokens = sum(len(answer["output_tokens"]) for answer in answers)
     body = {
         "id": _id("chatcmpl" if is_chat else "cmpl", number),
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": first["model"] or model,
-        "choices": [_choice(index, answer, is_chat, tokenizer) for index, answer in enumerate(answers)],
+        "choices": [_choice(index, request, answer, tokenizer) for index, answer in enumerate(answers)],
         "usage": {
             "prompt_tokens": first["prompt_tokens"],
             "completion_tokens": completion_tokens,
             "total_tokens": first["prompt_tokens"] + completion_tokens,
         },
     }
+    if is_chat and first.get("prompt_logprobs") is not None:
+        body["prompt_logprobs"] = prompt_logprobs(first, tokenizer)
     response = {"status_code": 200, "request_id": _id("req", number), "body": body}
     return {
         "id": _id("batch_req", number),
@@ -53,19 +58,42 @@ def answer_line(
     }
 
 
-def _choice(index: int, answer: Answer, is_chat: bool, tokenizer: Any) -> dict[str, Any]:
+_NOTHING = {"output": "", "output_tokens": [], "logprobs": [], "top_logprobs": []}
+
+
+def _choice(index: int, request: BatchRequest, answer: Answer, tokenizer: Any) -> dict[str, Any]:
     logprobs = None
-    if answer.get("logprobs") is not None:
-        logprobs = (_chat_logprobs if is_chat else _logprobs)(answer, tokenizer)
-    said = (
-        {"message": {"role": "assistant", "content": answer["output"]}}
-        if is_chat
-        else {"text": answer["output"]}
-    )
-    return {"index": index, **said, "logprobs": logprobs, "finish_reason": answer["finish_reason"]}
+    if request.params.get("logprobs"):
+        logprobs = (_chat_logprobs if request.url == CHAT else _logprobs)(answer, tokenizer, request.echo)
+    if request.url == CHAT:
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": answer["output"]}}
+    else:
+        said = {"text": (request.content if request.echo else "") + answer["output"]}
+    shown = {"index": index, **said, "logprobs": logprobs, "finish_reason": answer["finish_reason"]}
+    if request.url != CHAT and not request.echo and answer.get("prompt_logprobs") is not None:
+        shown["prompt_logprobs"] = prompt_logprobs(answer, tokenizer)
+    return shown
 
 
-def _chat_logprobs(answer: Answer, tokenizer: Any) -> dict[str, Any]:
+def prompt_logprobs(answer: Answer, tokenizer: Any) -> list[dict[str, Any] | None]:
+    """As vLLM's server gives them: by token id, nothing for the first token."""
+    shown: list[dict[str, Any] | None] = []
+    for chosen, beside in zip(answer["prompt_logprobs"], answer["prompt_top_logprobs"]):
+        ranks: list[tuple[Any, int | None]] = [(chosen, None)]
+        ranks += [(other, rank) for rank, other in enumerate(beside, start=1)]
+        known = {
+            str(token["token"]): {
+                "logprob": _finite(token["logprob"]),
+                "rank": rank,
+                "decoded_token": str(tokenizer.decode([token["token"]])),
+            }
+            for token, rank in ranks
+        }
+        shown.append(known if shown else None)
+    return shown
+
+
+def _chat_logprobs(answer: Answer, tokenizer: Any, _echo: Echo | None) -> dict[str, Any]:
     tops = answer.get("top_logprobs") or [[] for _ in answer["output_tokens"]]
     tokens = zip(answer["output_tokens"], answer["logprobs"], tops)
     return {
@@ -81,23 +109,36 @@ def _chat_logprobs(answer: Answer, tokenizer: Any) -> dict[str, Any]:
 
 def _token(token: int, logprob: float, tokenizer: Any) -> dict[str, Any]:
     text = str(tokenizer.decode([token]))
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode(errors="replace"))}
 
 
-def _logprobs(answer: Answer, tokenizer: Any) -> dict[str, Any]:
-    texts = [str(tokenizer.decode([token])) for token in answer["output_tokens"]]
-    offsets = [0]
-    for text in texts[:-1]:
-        offsets.append(offsets[-1] + len(text))
-    tops = answer.get("top_logprobs") or []
+def _logprobs(answer: Answer, tokenizer: Any, echo: Echo | None) -> dict[str, Any]:
+    tokens, values = list(answer["output_tokens"]), [_finite(value) for value in answer["logprobs"]]
+    tops: list[Any] = list(answer.get("top_logprobs") or [])
+    if echo:
+        prompt = answer["prompt_logprobs"]
+        tokens = [token["token"] for token in prompt] + tokens
+        values = [
+            None if token["logprob"] is None else _finite(token["logprob"]) for token in prompt
+        ] + values
+        tops = [None, *answer["prompt_top_logprobs"][1:], *tops]
+    texts = [str(tokenizer.decode([token])) for token in tokens]
+    offsets = [0, *accumulate(map(len, texts[:-1]))]
     return {
         "tokens": texts,
-        "token_logprobs": answer["logprobs"],
-        "top_logprobs": [
-            {str(tokenizer.decode([other["token"]])): other["logprob"] for other in top} for top in tops
-        ],
+        "token_logprobs": values,
+        "top_logprobs": [top if top is None else _by_text(top, tokenizer) for top in tops],
         "text_offset": offsets[: len(texts)],
     }
+
+
+def _by_text(top: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, float]:
+    return {str(tokenizer.decode([other["token"]])): _finite(other["logprob"]) for other in top}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; -9999 stands for it, as in OpenAI's and vLLM's answers."""
+    return max(logprob, -9999.0)
 
 
 def _id(kind: str, number: int) -> str:

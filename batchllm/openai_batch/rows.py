@@ -18,7 +18,8 @@ from batchllm.openai_batch.requests import BatchRequest
 _TEXTS = pa.list_(pa.string())
 _PARAM_TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(
-        ("max_tokens", "top_k", "n", "seed", "top_logprobs", "best_of", "min_tokens"), pa.int64()
+        ("max_tokens", "top_k", "n", "seed", "top_logprobs", "prompt_logprobs", "best_of", "min_tokens"),
+        pa.int64(),
     ),
     **dict.fromkeys(
         (
@@ -43,6 +44,7 @@ SCHEMA = pa.schema(
         pa.field("model", pa.string()),
         pa.field("prompt", pa.string()),  # text, or messages as JSON
         pa.field("template_args", pa.string()),  # JSON
+        pa.field("echo", pa.string()),  # what of the prompt is in the response; jobs do not read it
         *(pa.field(name, type_) for name, type_ in _PARAM_TYPES.items()),
     ]
 )
@@ -80,6 +82,7 @@ def _row(request: BatchRequest, max_tokens: int) -> dict[str, Any]:
         "url": request.url,
         "model": request.model,
         "prompt": request.content,
+        "echo": request.echo,
         "template_args": json.dumps(request.template_args) if request.template_args else None,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in params.items()},
     }

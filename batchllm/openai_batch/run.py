@@ -66,7 +66,7 @@ def run_batch(
                 code = 3
                 record = error_line(number, line.custom_id, line.code, str(line))
             else:
-                record = answer_line(number, next(answers), tokenizer, name, created)
+                record = answer_line(number, line, next(answers), tokenizer, name, created)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

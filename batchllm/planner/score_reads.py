@@ -1,4 +1,4 @@
-"""Which log-probabilities to read at which node, when rows of a plan are scored.
+"""Which log-probabilities to read at which node, when rows of a plan are scored or ask for those of their prompts.
 
 A token's log-probability comes from the logits of the token before it. That token may be anywhere on its row's path:
 in the leaf, in a node shared with other rows, or among tokens whose KV the node copies from a donor. Each position is
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.core import IntArray, Plan, PromptTable, RequestTable, ScoreTable
+from batchllm.planner.prompt_reads import wanted_tokens
 from batchllm.planner.sequences import take_ranges
 
 
@@ -35,6 +36,12 @@ class ScoreReads:
     row_ptr: IntArray  # [rows + 1] CSR into `row_score`
     row_score: IntArray  # the score of each scored token of a row, in order; no entries for rows not planned
     num_scores: int
+    top: NDArray[np.int32]  # [scores] most probable tokens to read beside each
+    prompt_ptr: IntArray  # [nodes + 1] CSR into `prompt_score`
+    prompt_score: (
+        IntArray  # the score of each token of a node, without a prompt's first, where it is asked for
+    )
+    parent: NDArray[np.int32]  # [nodes] Plan.node_parent
 
     def within(self, node: int, begin: int, end: int) -> NodeReads:
         """The reads of a node at positions begin .. end - 1."""
@@ -46,21 +53,78 @@ class ScoreReads:
         """The scores of a row's scored tokens."""
         return self.row_score[self.row_ptr[row] : self.row_ptr[row + 1]]
 
+    def of_prompt(self, leaf: int) -> IntArray:
+        """The scores of the tokens of the prompt that ends in a leaf, without its first, in order."""
+        parts: list[IntArray] = []
+        node = leaf
+        while node >= 0:
+            parts.append(self.prompt_score[self.prompt_ptr[node] : self.prompt_ptr[node + 1]])
+            node = int(self.parent[node])
+        return np.concatenate(parts[::-1])
+
+
+class _Spans(NamedTuple):
+    """Tokens scored of the rows of a ScoreTable, row after row; node, position and target of each."""
+
+    home: IntArray
+    position: IntArray
+    target: IntArray
+    row_ptr: IntArray  # [rows + 1]
+
 
 def plan_score_reads(
-    plan: Plan, prompts: PromptTable, requests: RequestTable, table: ScoreTable
+    plan: Plan, prompts: PromptTable, requests: RequestTable, table: ScoreTable | None = None
 ) -> ScoreReads:
-    """Reads for the rows of `table` that the plan answers.
+    """Reads for the rows of `table` that the plan answers, and for the prompts of rows with `prompt_logprobs`.
 
     A position that a node copies is read at its donor, too, and at the donor's donor: whichever of them computes it,
     when memory is short more than one, the score is read.
     """
+    scored = np.zeros(plan.num_sequences, dtype=bool)
+    none = np.zeros(0, dtype=np.int64)
+    spans = _Spans(none, none, none, np.zeros(prompts.num_rows + 1, dtype=np.int64))
+    if table is not None:
+        spans = _scored_spans(plan, prompts, requests, table, scored)
+    wanted = wanted_tokens(plan, prompts)
+    home = np.concatenate((spans.home, wanted.home))
+    position = np.concatenate((spans.position, wanted.position))
+    target = np.concatenate((spans.target, wanted.target))
+
+    score, owner, owner_position, owner_target = _distinct(_origin(plan, home, position), position, target)
+    node, read_position, read_target = _with_donors(plan, home, position, target)
+    origin = _origin(plan, node, read_position)
+    found = _lookup(owner, owner_position, owner_target, origin, read_position, read_target)
+    by_node = np.lexsort((read_position, node))
+    node = node[by_node]
+    top = np.zeros(len(owner), dtype=np.int32)
+    np.maximum.at(top, score[len(spans.home) :], wanted.top)
+    return ScoreReads(
+        node_ptr=np.searchsorted(node, np.arange(plan.num_nodes + 1)),
+        reads=NodeReads(read_position[by_node], read_target[by_node], found[by_node]),
+        scored=scored,
+        row_ptr=spans.row_ptr,
+        row_score=score[: len(spans.home)],
+        num_scores=len(owner),
+        top=top,
+        prompt_ptr=wanted.node_ptr,
+        prompt_score=score[len(spans.home) :],
+        parent=plan.node_parent,
+    )
+
+
+def _scored_spans(
+    plan: Plan,
+    prompts: PromptTable,
+    requests: RequestTable,
+    table: ScoreTable,
+    scored: NDArray[np.bool_],
+) -> _Spans:
+    """Sets `scored` [sequences] where a sequence's row is scored."""
     sequence = np.repeat(np.arange(plan.num_sequences), np.diff(plan.request_ptr))
     sequence_row = requests.row[plan.request]
     is_scored = table.first[sequence_row] >= 0
     row, first_of = np.unique(sequence_row[is_scored], return_index=True)
     leaf = plan.sequence_node[sequence[is_scored][first_of]].astype(np.int64)
-    scored = np.zeros(plan.num_sequences, dtype=bool)
     scored[sequence[is_scored]] = True
 
     length = prompts.offsets[row + 1] - prompts.offsets[row]
@@ -72,24 +136,9 @@ def plan_score_reads(
     target = np.empty(len(item), dtype=np.int64)
     target[~is_last] = prompts.tokens[(prompts.offsets[row][item] + position + 1)[~is_last]]
     target[is_last] = table.last[row[item[is_last]]]
-
-    home = _home(plan, leaf[item], position)
-    score, owner, owner_position, owner_target = _distinct(_origin(plan, home, position), position, target)
-    node, read_position, read_target = _with_donors(plan, home, position, target)
-    origin = _origin(plan, node, read_position)
-    found = _lookup(owner, owner_position, owner_target, origin, read_position, read_target)
-    by_node = np.lexsort((read_position, node))
-    node = node[by_node]
     row_ptr = np.zeros(prompts.num_rows + 1, dtype=np.int64)
     row_ptr[row + 1] = count
-    return ScoreReads(
-        node_ptr=np.searchsorted(node, np.arange(plan.num_nodes + 1)),
-        reads=NodeReads(read_position[by_node], read_target[by_node], found[by_node]),
-        scored=scored,
-        row_ptr=np.cumsum(row_ptr),
-        row_score=score,
-        num_scores=len(owner),
-    )
+    return _Spans(_home(plan, leaf[item], position), position, target, np.cumsum(row_ptr))
 
 
 def _home(plan: Plan, leaf: IntArray, position: IntArray) -> IntArray:
