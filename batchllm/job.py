@@ -147,6 +147,12 @@ def _make(mapping: Mapping[Any, Any], base_dir: Path, source: str, overrides: Se
         raise JobError(f"{where(key_path(error['loc']))}: {_sentence(error['loc'], error)}") from None
     if spec.score is not None and spec.chunks is not None:
         raise JobError(f"{where('chunks')}: score and chunks do not go together; remove one of the sections")
+    reuses = spec.chunks is not None and spec.chunks.reuse != "off"
+    if reuses and spec.generate.prompt_logprobs is not None:
+        raise JobError(
+            f"{where('chunks')}: generate.prompt_logprobs and chunks do not go together, because tokens of stored "
+            "chunks are not computed; remove one of them, or set chunks.reuse to off"
+        )
     spec = _with_absolute_paths(spec, base_dir, where)
     spec._source = source
     return spec

@@ -105,12 +105,15 @@ def bad_line(custom_id: str, kind: int) -> tuple[str | bytes, str, str, bool]:
         (text(prompt=["a", "b"]), "invalid_prompt", "found a list", True),
         (text(prompt=json.dumps(USER)), "invalid_prompt", "send it to", True),
         (text(tools=[]), "unknown_parameter", "is not a parameter of /v1/completions", True),
-        (text(echo=True), "unsupported_parameter", "body.echo", True),
+        (text(echo="yes"), "invalid_parameter", "body.echo must be true or false", True),
+        (text(logprobs="x"), "invalid_parameter", "body.logprobs must be a whole number", True),
+        (text(prompt_logprobs=-1), "invalid_parameter", "body.prompt_logprobs must be true, false", True),
+        (chat(echo=True), "unsupported_parameter", "body.echo belongs to", True),
     ]
     return kinds[kind % len(kinds)]
 
 
-BAD_KINDS = 47
+BAD_KINDS = 50
 
 
 def good_line(custom_id: str, number: int) -> dict[str, Any]:
@@ -226,6 +229,44 @@ def texts(choices: Any) -> list[str]:
     return [choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices]
 
 
+def test_prompts_echoed_with_their_logprobs(tmp_path: Path, model: Path) -> None:
+    say = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 3}
+    lines = [
+        request("plain", COMPLETIONS, **say, logprobs=2),
+        request("echo", COMPLETIONS, **say, logprobs=2, echo=True),
+        request("alone", COMPLETIONS, **{**say, "max_tokens": 0}, logprobs=0, echo=True),
+        request("text", COMPLETIONS, **say, echo=True),
+        request("vllm", COMPLETIONS, **say, prompt_logprobs=2),
+        request("chat", temperature=0, max_tokens=1, prompt_logprobs=1),
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    assert run(source, target, model) == 0
+    body = {line["custom_id"]: line["response"]["body"] for line in read_lines(target)}
+    plain, echo, alone, text, vllm = (
+        body[name]["choices"][0] for name in ("plain", "echo", "alone", "text", "vllm")
+    )
+    length = body["plain"]["usage"]["prompt_tokens"]
+    assert echo["text"] == text["text"] == say["prompt"] + plain["text"]
+    assert text["logprobs"] is None
+    assert echo["logprobs"]["tokens"][length:] == plain["logprobs"]["tokens"]
+    assert "".join(echo["logprobs"]["tokens"][:length]) == say["prompt"]
+    assert echo["logprobs"]["token_logprobs"][0] is None and echo["logprobs"]["top_logprobs"][0] is None
+    assert echo["logprobs"]["token_logprobs"][length:] == pytest.approx(plain["logprobs"]["token_logprobs"])
+    assert len(echo["logprobs"]["text_offset"]) == len(echo["logprobs"]["tokens"]) == length + 3
+    assert {len(top) for top in echo["logprobs"]["top_logprobs"][1:]} <= {1, 2}  # texts of bytes may be equal
+    assert alone["text"] == say["prompt"] and body["alone"]["usage"]["completion_tokens"] == 0
+    assert alone["logprobs"]["tokens"] == echo["logprobs"]["tokens"][:length]
+    of_prompt = echo["logprobs"]["token_logprobs"][1:length]
+    assert alone["logprobs"]["token_logprobs"][1:] == pytest.approx(of_prompt)
+    given = vllm["prompt_logprobs"]
+    assert given[0] is None and len(given) == length and "prompt_logprobs" not in echo
+    assert [next(iter(token.values()))["logprob"] for token in given[1:]] == pytest.approx(of_prompt)
+    assert all({1, 2} <= {one["rank"] for one in token.values()} for token in given[1:])
+    assert body["chat"]["prompt_logprobs"][0] is None
+    assert len(body["chat"]["prompt_logprobs"]) == body["chat"]["usage"]["prompt_tokens"]
+
+
 def test_conversion_both_ways(tmp_path: Path, model: Path) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     lines = [
@@ -235,13 +276,15 @@ def test_conversion_both_ways(tmp_path: Path, model: Path) -> None:
             "c", temperature=1.0, max_tokens=4, tools=[tool], chat_template_kwargs={"enable_thinking": False}
         ),
         request("d", temperature=1.0, max_tokens=256, response_format={"type": "json_object"}),
+        request("e", COMPLETIONS, temperature=1.0, max_tokens=0, logprobs=1, echo=True),
+        request("f", COMPLETIONS, temperature=1.0, max_tokens=3, echo=True, prompt_logprobs=1),
     ]
     source, table, back = (tmp_path / name for name in ("in.jsonl", "rows.parquet", "back.jsonl"))
     source.write_text("\n".join(map(json.dumps, lines)) + "\nnonsense\n")
     assert exit_code_of("convert-batch", source, table) == 3  # one line is no request
     rows = pl.read_parquet(table)
-    assert rows["custom_id"].to_list() == ["a", "b", "c", "d"]
-    assert rows["max_tokens"].to_list() == [3, 9, 4, 256]
+    assert rows["custom_id"].to_list() == list("abcdef")
+    assert rows["max_tokens"].to_list() == [3, 9, 4, 256, 1, 3]
     assert exit_code_of("convert-batch", table, back) == 0
     del lines[3]["body"]["response_format"]
     lines[3]["body"]["guided_json"] = {"type": "object"}

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
@@ -77,20 +77,17 @@ def _choice(index: int, request: BatchRequest, answer: Answer, tokenizer: Any) -
 
 def prompt_logprobs(answer: Answer, tokenizer: Any) -> list[dict[str, Any] | None]:
     """As vLLM's server gives them: by token id, nothing for the first token."""
-    shown: list[dict[str, Any] | None] = []
-    for chosen, beside in zip(answer["prompt_logprobs"], answer["prompt_top_logprobs"]):
+    shown: list[dict[str, Any] | None] = [None]
+    for chosen, beside in islice(zip(answer["prompt_logprobs"], answer["prompt_top_logprobs"]), 1, None):
         ranks: list[tuple[Any, int | None]] = [(chosen, None)]
         ranks += [(other, rank) for rank, other in enumerate(beside, start=1)]
-        known = {
-            str(token["token"]): {
-                "logprob": _finite(token["logprob"]),
-                "rank": rank,
-                "decoded_token": str(tokenizer.decode([token["token"]])),
-            }
-            for token, rank in ranks
-        }
-        shown.append(known if shown else None)
+        shown.append({str(token["token"]): _ranked(token, rank, tokenizer) for token, rank in ranks})
     return shown
+
+
+def _ranked(token: Mapping[str, Any], rank: int | None, tokenizer: Any) -> dict[str, Any]:
+    text = str(tokenizer.decode([token["token"]]))
+    return {"logprob": _finite(token["logprob"]), "rank": rank, "decoded_token": text}
 
 
 def _chat_logprobs(answer: Answer, tokenizer: Any, _echo: Echo | None) -> dict[str, Any]:

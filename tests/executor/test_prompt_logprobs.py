@@ -47,7 +47,8 @@ def rows() -> list[Row]:
         found += [(middle + tokens(count), top) for count, top in ((3, None), (5, 2), (1, 0), (8, 5))]
         found.append((middle, 3 if question % 2 else None))  # ends at a shared node
     found += [(root, 1), (root, 1), (root, None)]  # duplicates
-    found += [(other + [9, 10, *tokens(4)], None), (other + [9, 10, *tokens(4)], 4)]  # copied from one that asks not
+    copied = [*other, 9, 10]  # from a row that does not ask
+    found += [(copied + tokens(4), top) for top in (None, 4)]
     found += [([11, 12, *tokens(6)], top) for top in (None, 2, VOCABULARY + 5)]
     found += [([11], 2), ([13], None), ([11, 12], 0)]
     return found
