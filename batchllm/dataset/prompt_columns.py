@@ -54,9 +54,9 @@ def prompt_logprob_arrays(values: Sequence[PromptLogprobs | None]) -> list[pa.Ar
 
 def prompt_logprobs_of(row: Mapping[str, Any]) -> PromptLogprobs | None:
     """The same from a row of these columns."""
-    chosen, beside = row.get("prompt_logprobs"), row.get("prompt_top_logprobs")
-    if chosen is None:
+    if row.get("prompt_logprobs") is None:
         return None
+    chosen, beside = row["prompt_logprobs"], row["prompt_top_logprobs"]
     width = max((len(top) for top in beside), default=0)
     nothing = [(-1, np.nan)] * width
     pairs = [[(item["token"], item["logprob"]) for item in top] or nothing for top in beside]

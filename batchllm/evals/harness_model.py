@@ -25,7 +25,8 @@ from lm_eval.models.utils import (
 )
 
 from batchllm import core
-from batchllm.llm import LLM, CompletionOutput, SamplingParams
+from batchllm.llm import LLM, SamplingParams
+from batchllm.llm_outputs import CompletionOutput
 from batchllm.scoring import Score, TokenSpan, encode_all, move_spaces, prefix_token, windows
 
 RequestType = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]

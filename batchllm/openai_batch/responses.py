@@ -110,7 +110,8 @@ def _token(token: int, logprob: float, tokenizer: Any) -> dict[str, Any]:
 
 
 def _logprobs(answer: Answer, tokenizer: Any, echo: Echo | None) -> dict[str, Any]:
-    tokens, values = list(answer["output_tokens"]), [_finite(value) for value in answer["logprobs"]]
+    tokens = list(answer["output_tokens"])
+    values: list[float | None] = [_finite(value) for value in answer["logprobs"]]
     tops: list[Any] = list(answer.get("top_logprobs") or [])
     if echo:
         prompt = answer["prompt_logprobs"]
