@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from batchllm.chunks_cli import chunks
+from batchllm.collection import hold_collection, resume_collection
 from batchllm.openai_batch.commands import convert_batch, run_batch
 
 # Everything else is imported where it is used: help and wrong arguments must not wait for torch.
@@ -64,6 +65,7 @@ def run(job: str, overrides: Sequence[str], overwrite: bool, limit: int | None, 
 
     Running the same command again goes on where an interrupted run stopped.
     """
+    hold_collection()
     from batchllm.job import load_job
 
     limits = [] if limit is None else [f"input.limit={limit}"]
@@ -102,6 +104,7 @@ def plan(
     quiet: bool,
 ) -> int:
     """Show what running JOB would share, compute and cost. Loads no weights and writes nothing."""
+    hold_collection()
     from batchllm.job import load_job
 
     limits = [] if limit is None else [f"input.limit={limit}"]
@@ -202,6 +205,8 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         traceback.print_exc()
         click.echo(f"error: a fault in batchllm, not in your job: {error or type(error).__name__}", err=True)
         return EXIT_FAULT
+    finally:
+        resume_collection()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from batchllm.advice import Situation, advice
+from batchllm.collection import resume_collection
 from batchllm.core import Plan, PromptTable
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
@@ -59,6 +60,7 @@ def explain_job(
         tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
         data = open_input(job.input, job.source)
         validate_columns(job, data.schema)
+    resume_collection()
     text_config, dtype = config.get_text_config(), _dtype(job, config)
     shape = model_shape(text_config)
     threads = torch.get_num_threads()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchllm.candidates import Candidates
 from batchllm.chunkcache.store import check_store
+from batchllm.collection import resume_collection
 from batchllm.dataset.answer_cache import AnswerCache
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
@@ -66,6 +67,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     """
     progress, watch = Progress(quiet=quiet), Stopwatch()
     config, limit, placement = _check_model(job)
+    resume_collection()  # everything large has been imported
     if placement.note:
         progress.note(placement.note)
     if job.score is not None:

@@ -17,9 +17,7 @@ def load_ready_model(
 ) -> ModelRunner:
     """Loaded, checked, with its fast layers in place, and its weights quantised or packed. Raises ModelError."""
     model = load_model(path, dtype, trust_remote_code, placement)
-    check_parity(model)
+    check_parity(model, packed=not quantize)
     if quantize:
         quantize_model(model, quantize)
-    else:
-        model.pack()
     return model

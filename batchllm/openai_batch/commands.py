@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from batchllm.collection import hold_collection
+
 _max_tokens = click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
@@ -36,6 +38,7 @@ def run_batch(
 
     Exits with 3 when some lines could not be answered; their lines say why.
     """
+    hold_collection()
     from batchllm.openai_batch import run
 
     return run.run_batch(source, target, model, max_tokens=max_tokens, overrides=overrides, quiet=quiet)
