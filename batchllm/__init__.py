@@ -35,4 +35,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'batchllm' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    from batchllm.collection import no_collection
+
+    with no_collection():
+        return getattr(import_module(_HOMES[name]), name)

@@ -7,6 +7,8 @@ while they are made takes a second, a sixth of the time to the first step.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _is_held = False
 
@@ -25,3 +27,15 @@ def resume_collection() -> None:
         _is_held = False
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Nothing is collected inside, everything afterwards: for a process that is not ours alone."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

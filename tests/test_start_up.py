@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from batchllm.collection import hold_collection, resume_collection
+from batchllm.collection import hold_collection, no_collection, resume_collection
 from tests.jobs import make_job, questions
 
 # What only other commands, other devices, or jobs that ask for more than a plain answer need.
@@ -73,11 +73,21 @@ def test_collection_goes_on_only_where_it_was_held() -> None:
         gc.unfreeze()
 
 
+def test_imports_of_a_library_are_not_frozen() -> None:
+    frozen = gc.get_freeze_count()
+    with no_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
+
+
 def test_a_process_that_does_not_collect_is_left_so() -> None:
     gc.disable()
     try:
         hold_collection()
         resume_collection()
+        assert not gc.isenabled()
+        with no_collection():
+            pass
         assert not gc.isenabled()
     finally:
         gc.enable()
