@@ -65,7 +65,7 @@ class NativeStepAttention(PoolAttention):
     def _planned(self, group: int, last_only: bool) -> TiledReads:
         key = (group, last_only)
         if key not in self._reads:
-            self._reads[key] = plan_tiles(*self._work(last_only), group)
+            self._reads[key] = plan_tiles(*self._work(last_only), group, torch.get_num_threads())
         return self._reads[key]
 
 

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from batchllm.executor.step import Chunk, SharedRead
 from batchllm.executor.tree_order import first_rows, row_ranges, tree_order
 
-# Queries of a tile and KV head: enough to make packing a block of keys cheap, few enough to balance threads.
-_QUERIES = 128
+_QUERIES = 256  # most queries of a tile and KV head: enough to make packing a block of keys cheap
+_NARROW = 32  # as in attention.c: keys that no more queries read come from memory for all heads at once
+_TILES = 4  # for each thread, where keys are mostly read by few
 
 
-def plan_tiles(chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], group: int) -> TiledReads:
+def plan_tiles(
+    chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], group: int, threads: int
+) -> TiledReads:
     """`group`: query heads that share a KV head. Tiles with most work come first."""
     if not chunks:
         none = np.zeros(0, dtype=np.int64)
@@ -37,8 +40,19 @@ def plan_tiles(chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], grou
         reads += [
             (*rows, read.extent.offset, read.start, read.length) for rows in row_ranges(read.chunks, row_of)
         ]
-    tile_first = _tile_bounds(count, max(1, _QUERIES // group))
-    return _cut(np.array(reads, dtype=np.int64), token, position, tile_first)
+    table = np.array(reads, dtype=np.int64)
+    return _cut(table, token, position, _tile_bounds(count, _tile_rows(table, group, threads)))
+
+
+def _tile_rows(reads: NDArray[np.int64], group: int, threads: int) -> int:
+    """Most rows of a tile. Rows that share little gain nothing from each other: they make small tiles, of which every
+    thread gets some with all heads."""
+    rows = int((reads[:, 1]).max())
+    is_narrow = (reads[:, 1] - reads[:, 0]) * group <= _NARROW
+    most = max(1, _QUERIES // group)
+    if reads[is_narrow, 4].sum() < reads[~is_narrow, 4].sum():
+        return most
+    return min(most, -(-rows // (_TILES * threads)))
 
 
 def _own(chunk: Chunk, row: int) -> tuple[int, int, int, int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from batchllm.executor.forward_context import current_step
 from batchllm.executor.joined_linear import join_linears, share_rows
 from batchllm.executor.layer_ops import BetweenProducts, ops_for, rms_norm
+from batchllm.executor.native_linear import NativeGatedLinear, add_product
 
 # Decoder layers of exactly this form: norm, attention with rotary positions (half rotation), norm, gated MLP.
 _FORMS = {
@@ -22,6 +23,20 @@ _FORMS = {
     "Qwen2DecoderLayer",
     "Qwen3DecoderLayer",
 }
+
+
+class GatedProjection(nn.Module):
+    """The first half of a gated MLP: silu(gate) * up, by one product."""
+
+    def __init__(self, joined: nn.Linear, ops: BetweenProducts):
+        """`joined`: gate and up, one after the other."""
+        super().__init__()
+        self.joined = joined
+        self._ops = ops
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [n, hidden] → [n, size]."""
+        return self._ops.gated(self.joined(states))
 
 
 class FusedDecoderLayer(nn.Module):
@@ -38,7 +53,9 @@ class FusedDecoderLayer(nn.Module):
         self.window = _window(attention)
         self.q_size, self.kv_size = attention.q_proj.out_features, attention.k_proj.out_features
         self.qkv = join_linears(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up = join_linears(mlp.gate_proj, mlp.up_proj)
+        self.gated: GatedProjection | NativeGatedLinear = GatedProjection(
+            join_linears(mlp.gate_proj, mlp.up_proj), ops
+        )
         self.ops = ops
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
@@ -61,10 +78,11 @@ class FusedDecoderLayer(nn.Module):
             sinks=None,
             last_only=rows is not None,
         )
-        delta = self.original.self_attn.o_proj(attended.reshape(len(hidden), self.q_size))
-        hidden, normed = self.ops.add_norm(hidden, delta, self.original.post_attention_layernorm)
-        mixed = hidden.add_(self.original.mlp.down_proj(self.ops.gated(self.gate_up(normed))))
-        return mixed.unsqueeze(0)
+        hidden = add_product(
+            self.original.self_attn.o_proj, attended.reshape(len(hidden), self.q_size), hidden
+        )
+        normed = self.ops.norm(hidden, self.original.post_attention_layernorm)
+        return add_product(self.original.mlp.down_proj, self.gated(normed), hidden).unsqueeze(0)
 
     def _project(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
@@ -95,7 +113,8 @@ class FusedDecoderLayer(nn.Module):
         """Gives them their weights again, from this layer's plain ones."""
         unused = self.unused()
         share_rows(self.qkv.weight, *unused[:3])
-        share_rows(self.gate_up.weight, *unused[3:])
+        assert isinstance(self.gated, GatedProjection)
+        share_rows(self.gated.joined.weight, *unused[3:])
 
 
 def fuse_layers(model: Any) -> bool:

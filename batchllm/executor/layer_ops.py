@@ -21,10 +21,6 @@ class BetweenProducts(Protocol):
 
     def norm(self, states: Tensor, norm: Any) -> Tensor: ...
 
-    def add_norm(self, states: Tensor, delta: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        """(states + delta, its norm). `states` may be overwritten."""
-        ...
-
     def gated(self, joined: Tensor) -> Tensor:
         """[n, 2 size] → silu of the first half times the second, [n, size]. `joined` may be overwritten."""
         ...
@@ -49,10 +45,6 @@ class TorchOps:
     def norm(self, states: Tensor, norm: Any) -> Tensor:
         return rms_norm(states, norm)
 
-    def add_norm(self, states: Tensor, delta: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        total = states + delta
-        return total, rms_norm(total, norm)
-
     def gated(self, joined: Tensor) -> Tensor:
         gate, up = joined.chunk(2, dim=-1)
         for rows in _blocks(gate):
@@ -70,11 +62,8 @@ class NativeOps:
         self._ops = ops
 
     def norm(self, states: Tensor, norm: Any) -> Tensor:
-        normed: Tensor = self._ops.add_rms_norm(states, None, norm.weight, norm.variance_epsilon)
+        normed: Tensor = self._ops.rms_norm(states, norm.weight, norm.variance_epsilon)
         return normed
-
-    def add_norm(self, states: Tensor, delta: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        return states, self._ops.add_rms_norm(states, delta, norm.weight, norm.variance_epsilon)
 
     def gated(self, joined: Tensor) -> Tensor:
         output: Tensor = self._ops.silu_and_mul(joined)

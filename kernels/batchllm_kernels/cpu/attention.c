@@ -15,17 +15,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "bfloat16.h"
-#include "power.h"
+#include "packing.h"
+#include "products.h"
+#include "softmax.h"
 
 enum {
-    KEYS = 128,                 /* keys in a block; packed keys and values of a block stay in the first-level cache */
-    VECTORS = KEYS / LANES,
-    ROWS = 6,                   /* queries in a block: 6 x 4 accumulators of the 32 registers */
-    WIDE = 4
+    KEYS = 256,                 /* keys in a block; packed keys and values of a block stay in the second-level cache */
+    NARROW = 32,                /* queries of a head that make a segment worth reading head by head */
+    UNITS = 2                   /* pieces of work for each thread, so that none has much more than another */
 };
-
-#define HIDDEN -1e30f /* finite, so that a difference of two is a number */
 
 /* As _Job in attention.py. Strides count elements. */
 typedef struct {
@@ -51,248 +49,120 @@ typedef struct {
     float *sums;                /* [queries][value_width] weighted values so far */
     float *maximum;             /* [queries] largest score so far, times log2(e) */
     float *total;               /* [queries][LANES] sum of weights so far, in parts */
-    uint32_t *keys;             /* [VECTORS][key_width / 2][LANES] pairs of a key's numbers */
+    uint32_t *keys;             /* [KEYS / LANES][key_width / 2][LANES] pairs of a key's numbers */
     uint32_t *values;           /* [KEYS / 2][value_width] pairs of two keys' numbers */
     float *scores;              /* [ROWS][KEYS] */
     bf16 *weights;              /* [ROWS][KEYS] */
     int64_t key_width, value_width;
     int64_t first, last;        /* rows of the tile */
     int64_t head, heads;        /* first KV head and how many: queries are kept head by head */
+    Ahead ahead;                /* of the next block */
 } Work;
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* cap * tanh(x / cap) */
-static inline __m512 capped(__m512 x, float cap)
-{
-    __m512 power = power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(2.0f * LOG2E / cap)));
-    power = _mm512_min_ps(power, _mm512_set1_ps(1e30f));
-    __m512 one = _mm512_set1_ps(1.0f);
-    __m512 ratio = _mm512_div_ps(_mm512_sub_ps(power, one), _mm512_add_ps(power, one));
-    return _mm512_mul_ps(ratio, _mm512_set1_ps(cap));
-}
-
-/* Sixteen rows of sixteen 32-bit words, turned. */
-static inline void transpose(__m512i *r)
-{
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 4) {
-        __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-        __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
-        t[i] = _mm512_unpacklo_epi64(a, c);
-        t[i + 1] = _mm512_unpackhi_epi64(a, c);
-        t[i + 2] = _mm512_unpacklo_epi64(b, d);
-        t[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512i low = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), high = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
-        __m512i low2 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
-        __m512i high2 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
-        r[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
-}
-
-/* Consecutive keys of one segment. */
+/* Consecutive keys of one segment, for some of the heads. */
 typedef struct {
     const int64_t *segment;
+    int64_t head, heads;        /* counted from the first of Work */
     int64_t key, count;
 } Block;
 
-/* Asks for part `part` of `parts` of a block. A token's heads lie side by side: whole tokens come in one go, while the
- * heads, taken one by one, would each come in pieces too far apart for the CPU to foresee. */
-static void fetch(const Job *job, const Work *w, Block block, int64_t part, int64_t parts)
-{
-    int64_t first = block.count * part / parts, last = block.count * (part + 1) / parts;
-    for (int64_t key = first; key < last; key++) {
-        int64_t slot = block.segment[2] + block.key + key;
-        const bf16 *keys = job->keys + slot * job->key_slot + w->head * job->key_head;
-        const bf16 *values = job->values + slot * job->value_slot + w->head * job->value_head;
-        for (int64_t at = 0; at < w->heads * job->key_head; at += 32) (void)*(const volatile int *)(keys + at);
-        for (int64_t at = 0; at < w->heads * job->value_head; at += 32)
-            (void)*(const volatile int *)(values + at);
-    }
-}
-
-/* Up to KEYS keys, pairs of numbers outermost, so that a vector holds the same pair of sixteen keys. */
-static void pack_keys(const Job *job, Work *w, Block next, int64_t head, const bf16 *keys, int64_t stride, int64_t count, int64_t dim)
+/* Scores of `rows` queries against `vectors` x 16 keys from vector `first` on. */
+static inline __attribute__((always_inline)) void score(Work *w, const bf16 *query, int64_t first, const int rows,
+                                                        const int vectors)
 {
     int64_t pairs = w->key_width / 2;
-    for (int64_t first = 0; first < count; first += LANES) {
-        uint32_t *target = w->keys + first * pairs;
-        fetch(job, w, next, head * 2 * VECTORS + first / LANES, w->heads * 2 * VECTORS);
-        for (int64_t pair = 0; pair < pairs; pair += LANES) {
-            int64_t left = dim - 2 * pair;
-            __mmask32 mask = left >= 32 ? 0xffffffffu : left <= 0 ? 0 : (1u << left) - 1;
-            __m512i row[LANES];
-            for (int i = 0; i < LANES; i++)
-                row[i] = first + i < count ? _mm512_maskz_loadu_epi16(mask, keys + (first + i) * stride + 2 * pair)
-                                           : _mm512_setzero_si512();
-            transpose(row);
-            for (int i = 0; i < LANES; i++)
-                _mm512_store_si512(target + (pair + i) * LANES, row[i]);
-        }
-    }
-}
-
-/* Up to KEYS values, the numbers of two neighbouring keys side by side. */
-static void pack_values(const Job *job, Work *w, Block next, int64_t head, const bf16 *values, int64_t stride, int64_t count, int64_t dim)
-{
-    for (int64_t key = 0; key < count; key += 2) {
-        const bf16 *even = values + key * stride, *odd = even + stride;
-        uint32_t *target = w->values + key / 2 * w->value_width;
-        if (key % LANES == 0) fetch(job, w, next, head * 2 * VECTORS + VECTORS + key / LANES, w->heads * 2 * VECTORS);
-        for (int64_t at = 0; at < w->value_width; at += LANES) {
-            __mmask16 mask = first_lanes(dim - at);
-            __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + at));
-            __m512i b = _mm512_setzero_si512();
-            if (key + 1 < count)
-                b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + at)), 16);
-            _mm512_store_si512(target + at, _mm512_or_si512(a, b));
-        }
-    }
-}
-
-static inline __m512 pair_product(__m512 sum, uint32_t pair, __m512i pairs)
-{
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)pairs);
-}
-
-/* Scores of `rows` queries against `vectors` x 16 keys. Both counts are constants where this is inlined. */
-static inline __attribute__((always_inline)) void score(
-    const Work *w, const bf16 *query, int64_t vector, const int rows, const int vectors)
-{
-    int64_t pairs = w->key_width / 2;
-    const uint32_t *keys = w->keys + vector * pairs * LANES;
-    const uint32_t *q = (const uint32_t *)query;
-    __m512 sum[ROWS][WIDE];
+    Sums sums;
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) sum[i][j] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < pairs; pair++) {
-        __m512i key[WIDE];
-        for (int j = 0; j < vectors; j++) key[j] = _mm512_load_si512(keys + (j * pairs + pair) * LANES);
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < vectors; j++) sum[i][j] = pair_product(sum[i][j], q[i * pairs + pair], key[j]);
-    }
+        for (int j = 0; j < vectors; j++) sums[i][j] = _mm512_setzero_ps();
+    multiply(sums, (const uint32_t *)query, pairs, w->keys + first * pairs * LANES, LANES, pairs * LANES, pairs,
+             &w->ahead, rows, vectors);
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) _mm512_store_ps(w->scores + i * KEYS + (vector + j) * LANES, sum[i][j]);
+        for (int j = 0; j < vectors; j++) _mm512_store_ps(w->scores + i * KEYS + (first + j) * LANES, sums[i][j]);
 }
 
-/* sums = sums * shrink + weights x values, for `vectors` x 16 of the values' numbers. */
-static inline __attribute__((always_inline)) void gather(
-    const Work *w, float *sums, const float *shrink, int64_t pairs, int64_t at, const int rows, const int vectors)
+/* to = to * shrink + weights x values, for `vectors` x 16 of the values' numbers. */
+static inline __attribute__((always_inline)) void gather(Work *w, float *to, const float *shrink, int64_t pairs,
+                                                         int64_t first, const int rows, const int vectors)
 {
-    const uint32_t *weights = (const uint32_t *)w->weights;
-    __m512 sum[ROWS][WIDE];
+    Sums sums;
+    to += first * LANES;
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++)
-            sum[i][j] = _mm512_mul_ps(_mm512_load_ps(sums + i * w->value_width + at + j * LANES),
-                                      _mm512_set1_ps(shrink[i]));
-    for (int64_t pair = 0; pair < pairs; pair++) {
-        __m512i value[WIDE];
-        for (int j = 0; j < vectors; j++)
-            value[j] = _mm512_load_si512(w->values + pair * w->value_width + at + j * LANES);
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < vectors; j++)
-                sum[i][j] = pair_product(sum[i][j], weights[i * (KEYS / 2) + pair], value[j]);
-    }
+            sums[i][j] = _mm512_mul_ps(_mm512_load_ps(to + i * w->value_width + j * LANES), _mm512_set1_ps(shrink[i]));
+    multiply(sums, (const uint32_t *)w->weights, KEYS / 2, w->values + first * LANES, w->value_width, LANES, pairs,
+             &w->ahead, rows, vectors);
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) _mm512_store_ps(sums + i * w->value_width + at + j * LANES, sum[i][j]);
+        for (int j = 0; j < vectors; j++) _mm512_store_ps(to + i * w->value_width + j * LANES, sums[i][j]);
 }
 
-#define FOR_EACH_WIDTH(CALL, ROWS_, WIDTH_) \
-    switch (WIDTH_) {                       \
-    case 1: CALL(ROWS_, 1); break;          \
-    case 2: CALL(ROWS_, 2); break;          \
-    case 3: CALL(ROWS_, 3); break;          \
-    default: CALL(ROWS_, 4); break;         \
-    }
-#define FOR_EACH_SIZE(CALL, ROWS_, WIDTH_)              \
-    switch (ROWS_) {                                    \
-    case 1: FOR_EACH_WIDTH(CALL, 1, WIDTH_) break;      \
-    case 2: FOR_EACH_WIDTH(CALL, 2, WIDTH_) break;      \
-    case 3: FOR_EACH_WIDTH(CALL, 3, WIDTH_) break;      \
-    case 4: FOR_EACH_WIDTH(CALL, 4, WIDTH_) break;      \
-    case 5: FOR_EACH_WIDTH(CALL, 5, WIDTH_) break;      \
-    default: FOR_EACH_WIDTH(CALL, 6, WIDTH_) break;     \
-    }
+/* The keys of a block that each of some queries sees. */
+typedef struct {
+    int64_t low[ROWS], high[ROWS];
+    int64_t end;                /* the last that any sees; 0: none */
+} Sight;
 
-/* Applies the soft cap and hides what is outside keys low..high. */
-static void limit_scores(const Job *job, float *scores, int64_t vectors, int64_t low, int64_t high)
+static Sight sight_of(const Job *job, const Work *w, int64_t first, int rows, int64_t start, int64_t count)
 {
-    for (int64_t v = 0; v < vectors; v++) {
-        int64_t begin = low - v * LANES, end = high - v * LANES;
-        __m512 score = _mm512_load_ps(scores + v * LANES);
-        if (job->softcap != 0.0f) score = capped(_mm512_mul_ps(score, _mm512_set1_ps(job->scale)), job->softcap);
-        unsigned seen = (end <= 0 ? 0 : end >= LANES ? 0xffffu : (1u << end) - 1) &
-                        (begin <= 0 ? 0xffffu : begin >= LANES ? 0 : 0xffffu << begin);
-        _mm512_store_ps(scores + v * LANES, _mm512_mask_mov_ps(_mm512_set1_ps(HIDDEN), (__mmask16)seen, score));
+    Sight sight = {.end = 0};
+    for (int i = 0; i < rows; i++) {
+        int64_t at = job->position[w->first + (first + i) / job->group] - start;
+        sight.high[i] = most(0, least(count, at + 1));
+        sight.low[i] = job->window ? least(sight.high[i], most(0, at + 1 - job->window)) : 0;
+        if (sight.high[i] > sight.low[i]) sight.end = most(sight.end, sight.high[i]);
     }
+    return sight;
 }
 
-/* Turns one row's scores of keys low..high (at least one) into weights. Returns what earlier sums shrink by. */
-static inline float soften(const Job *job, const Work *w, int row, int64_t vectors, int64_t low, int64_t high,
-                           float *maximum, float *total)
+/* Turns scores of `rows` queries, the first of them `number`, into weights; shrink[i]: what earlier sums shrink by. */
+static void soften(const Job *job, Work *w, int64_t number, int rows, const Sight *sight, float *shrink)
 {
-    float *scores = w->scores + row * KEYS;
-    bf16 *weights = w->weights + row * KEYS;
-    if (low > 0 || high < vectors * LANES || job->softcap != 0.0f) limit_scores(job, scores, vectors, low, high);
-    __m512 largest = _mm512_load_ps(scores);
-    for (int64_t v = 1; v < vectors; v++) largest = _mm512_max_ps(largest, _mm512_load_ps(scores + v * LANES));
-    float scale = (job->softcap != 0.0f ? 1.0f : job->scale) * LOG2E;
-    float before = *maximum, now = fmaxf(before, _mm512_reduce_max_ps(largest) * scale);
-    __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(now), sum = _mm512_setzero_ps();
-    for (int64_t v = 0; v < vectors; v += 2) {
-        __m512 one = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + v * LANES), factor, shift));
-        __m512 two = _mm512_setzero_ps();
-        if (v + 1 < vectors)
-            two = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + (v + 1) * LANES), factor, shift));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
-        _mm512_store_si512(weights + v * LANES, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+    int64_t vectors = (sight->end + LANES - 1) / LANES;
+    float scale = (job->softcap != 0.0f ? 1.0f : job->scale) * LOG2E, top[LANES] = {0};
+    for (int i = 0; i < rows; i++) {
+        float *scores = w->scores + i * KEYS;
+        top[i] = w->maximum[number + i];
+        if (sight->high[i] <= sight->low[i]) continue;
+        if (job->softcap != 0.0f) cap_scores(scores, vectors, job->scale, job->softcap);
+        hide_scores(scores, vectors, sight->low[i], sight->high[i]);
+        top[i] = fmaxf(top[i], largest_score(scores, vectors) * scale);
     }
-    float shrink = now == before ? 1.0f : exp2f(before - now);
-    _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), _mm512_set1_ps(shrink), sum));
-    *maximum = now;
-    return shrink;
+    __mmask16 these = first_lanes(rows);
+    __m512 before = _mm512_maskz_loadu_ps(these, w->maximum + number), after = _mm512_loadu_ps(top);
+    /* Where nothing has been seen yet this is -inf minus a number, or minus itself; sums are 0 then. */
+    __m512 fall = _mm512_max_ps(_mm512_sub_ps(before, after), _mm512_set1_ps(-1000.0f));
+    _mm512_storeu_ps(shrink, power_of_two(fall));
+    _mm512_mask_storeu_ps(w->maximum + number, these, after);
+    for (int i = 0; i < rows; i++) {
+        float *total = w->total + (number + i) * LANES;
+        if (sight->high[i] > sight->low[i]) {
+            __m512 sum = weigh(w->scores + i * KEYS, w->weights + i * KEYS, vectors, scale, top[i]);
+            _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), _mm512_set1_ps(shrink[i]), sum));
+        } else {
+            shrink[i] = 1.0f;
+            memset(w->weights + i * KEYS, 0, KEYS * sizeof(bf16));
+        }
+    }
 }
 
 /* Up to ROWS queries from `first` on, of a head that `above` queries are kept before, against a packed block of `count`
  * keys, the first of them at position `start`. */
 static void attend_rows(const Job *job, Work *w, int64_t above, int64_t first, int rows, int64_t start, int64_t count)
 {
-    int64_t low[ROWS], high[ROWS], seen = 0;
-    for (int i = 0; i < rows; i++) {
-        int64_t at = job->position[w->first + (first + i) / job->group] - start;
-        high[i] = most(0, least(count, at + 1));
-        low[i] = job->window ? least(high[i], most(0, at + 1 - job->window)) : 0;
-        if (high[i] > low[i]) seen = most(seen, high[i]);
-    }
-    if (!seen) return;
-    first += above;
-    int64_t vectors = (seen + LANES - 1) / LANES;
-    const bf16 *query = w->query + first * w->key_width;
+    Sight sight = sight_of(job, w, first, rows, start, count);
+    if (!sight.end) return;
+    int64_t number = above + first, vectors = (sight.end + LANES - 1) / LANES;
+    const bf16 *query = w->query + number * w->key_width;
     for (int64_t v = 0; v < vectors; v += WIDE) {
 #define SCORE(R, N) score(w, query, v, R, N)
         FOR_EACH_SIZE(SCORE, rows, least(WIDE, vectors - v))
 #undef SCORE
     }
-    float shrink[ROWS];
-    for (int i = 0; i < rows; i++) {
-        if (high[i] > low[i]) {
-            shrink[i] = soften(job, w, i, vectors, low[i], high[i], w->maximum + first + i,
-                               w->total + (first + i) * LANES);
-        } else {
-            shrink[i] = 1.0f;
-            memset(w->weights + i * KEYS, 0, KEYS * sizeof(bf16));
-        }
-    }
-    float *sums = w->sums + first * w->value_width;
-    int64_t pairs = (seen + 1) / 2, wide = w->value_width / LANES;
+    float shrink[LANES];
+    soften(job, w, number, rows, &sight, shrink);
+    float *sums = w->sums + number * w->value_width;
+    int64_t pairs = (sight.end + 1) / 2, wide = w->value_width / LANES;
     for (int64_t v = 0; v < wide; v += WIDE) {
-#define GATHER(R, N) gather(w, sums, shrink, pairs, v *LANES, R, N)
+#define GATHER(R, N) gather(w, sums, shrink, pairs, v, R, N)
         FOR_EACH_SIZE(GATHER, rows, least(WIDE, wide - v))
 #undef GATHER
     }
@@ -310,62 +180,93 @@ static void visible(const Job *job, const int64_t *segment, int64_t *low, int64_
     }
 }
 
-/* The first block at or after key `from` of `segment`; a block without keys at the end of the tile. */
-static Block next_block(const Job *job, const int64_t *segment, const int64_t *end, int64_t from)
+/* Keys that many queries read come head by head, so that a head's queries stay in the cache. Where few read them,
+ * getting them from memory takes longest, and a token's heads lie side by side: they come for all heads at once. */
+static int is_wide(const Job *job, const int64_t *segment) { return (segment[1] - segment[0]) * job->group > NARROW; }
+
+/* The first block of `segment` or a later one, from head `head` and key `from` on; one without keys at the end. */
+static Block next_block(const Job *job, const Work *w, const int64_t *segment, const int64_t *end, int64_t head,
+                        int64_t from)
 {
-    for (; segment < end; segment += 5, from = 0) {
-        int64_t low, high;
+    for (; segment < end; segment += 5, head = 0, from = 0) {
+        int64_t low, high, heads = is_wide(job, segment) ? 1 : w->heads;
         visible(job, segment, &low, &high);
-        int64_t key = most(from, low);
-        if (key < high) return (Block){segment, key, least(KEYS, high - key)};
+        for (; low < high && head < w->heads; head += heads, from = 0) {
+            int64_t key = most(from, low);
+            if (key >= high) continue;
+            int64_t blocks = (high - key + KEYS - 1) / KEYS, count = (high - key + blocks - 1) / blocks;
+            return (Block){segment, head, heads, key, least((count + LANES - 1) / LANES * LANES, high - key)};
+        }
     }
-    return (Block){end, 0, 0};
+    return (Block){end, 0, 0, 0, 0};
 }
 
-static void attend_block(const Job *job, Work *w, Block block, Block next, int64_t head)
+/* Block `next`, to be asked for while `now` is worked on. */
+static Ahead ahead_of(const Job *job, const Work *w, Block now, Block next)
 {
-    int64_t slot = block.segment[2] + block.key, kv_head = w->head + head;
+    Ahead ahead = {.pace = 0};
+    if (!next.count) return ahead;
+    int64_t slot = next.segment[2] + next.key, head = w->head + next.head, bytes = sizeof(bf16);
+    const bf16 *keys = job->keys + slot * job->key_slot + head * job->key_head;
+    const bf16 *values = job->values + slot * job->value_slot + head * job->value_head;
+    int64_t width = next.heads * job->key_head * bytes, value_width = next.heads * job->value_head * bytes;
+    ahead.keys = (Stretch){(const char *)keys, width, job->key_slot * bytes, next.count, 0};
+    ahead.values = (Stretch){(const char *)values, value_width, job->value_slot * bytes, next.count, 0};
+    int64_t groups = ((now.segment[1] - now.segment[0]) * job->group + ROWS - 1) / ROWS;
+    set_pace(&ahead, now.heads * now.count * (3 + 4 * groups) / 4 + 1);
+    return ahead;
+}
+
+static void attend_block(const Job *job, Work *w, Block block)
+{
+    int64_t slot = block.segment[2] + block.key, start = block.segment[3] + block.key;
     int64_t first = (block.segment[0] - w->first) * job->group, last = (block.segment[1] - w->first) * job->group;
-    int64_t above = head * (w->last - w->first) * job->group; /* queries of the heads before */
-    pack_keys(job, w, next, head, job->keys + slot * job->key_slot + kv_head * job->key_head, job->key_slot, block.count, job->key_dim);
-    pack_values(job, w, next, head, job->values + slot * job->value_slot + kv_head * job->value_head, job->value_slot, block.count,
-                job->value_dim);
-    for (int64_t query = first; query < last; query += ROWS)
-        attend_rows(job, w, above, query, (int)least(ROWS, last - query), block.segment[3] + block.key, block.count);
+    for (int64_t head = block.head; head < block.head + block.heads; head++) {
+        const bf16 *keys = job->keys + slot * job->key_slot + (w->head + head) * job->key_head;
+        const bf16 *values = job->values + slot * job->value_slot + (w->head + head) * job->value_head;
+        int64_t above = head * (w->last - w->first) * job->group; /* queries of the heads before */
+        pack_keys(keys, job->key_slot, block.count, job->key_dim, w->key_width, w->keys, &w->ahead);
+        pack_values(values, job->value_slot, block.count, job->value_dim, w->value_width, w->values, &w->ahead);
+        for (int64_t query = first; query < last; query += ROWS)
+            attend_rows(job, w, above, query, (int)least(ROWS, last - query), start, block.count);
+    }
+}
+
+/* Number of a query in Work. Queries are kept head by head, and read token by token: a token's heads are neighbours. */
+static inline int64_t query_number(const Job *job, const Work *w, int64_t row, int64_t head)
+{
+    return ((head / job->group - w->head) * (w->last - w->first) + row - w->first) * job->group + head % job->group;
 }
 
 static void begin_tile(const Job *job, Work *w)
 {
-    int64_t number = 0;
-    for (int64_t head = w->head * job->group; head < (w->head + w->heads) * job->group; head += job->group)
-        for (int64_t row = w->first; row < w->last; row++)
-            for (int64_t g = head; g < head + job->group; g++, number++) {
-                bf16 *query = w->query + number * w->key_width;
-                memcpy(query, job->query + job->token[row] * job->query_token + g * job->query_head,
-                       job->key_dim * sizeof(bf16));
-                memset(query + job->key_dim, 0, (w->key_width - job->key_dim) * sizeof(bf16));
-                /* A sink is one more key without a value. */
-                w->maximum[number] = job->sinks ? job->sinks[g] * LOG2E : -INFINITY;
-                memset(w->total + number * LANES, 0, LANES * sizeof(float));
-                if (job->sinks) w->total[number * LANES] = 1.0f;
-            }
-    memset(w->sums, 0, number * w->value_width * sizeof(float));
+    __m512 zero = _mm512_setzero_ps();
+    for (int64_t row = w->first; row < w->last; row++)
+        for (int64_t head = w->head * job->group; head < (w->head + w->heads) * job->group; head++) {
+            int64_t number = query_number(job, w, row, head);
+            const bf16 *from = job->query + job->token[row] * job->query_token + head * job->query_head;
+            bf16 *query = w->query + number * w->key_width;
+            for (int64_t at = 0; at < w->key_width; at += 2 * LANES)
+                _mm512_store_si512(query + at, _mm512_maskz_loadu_epi16(first_pairs(job->key_dim - at), from + at));
+            for (int64_t at = 0; at < w->value_width; at += LANES)
+                _mm512_store_ps(w->sums + number * w->value_width + at, zero);
+            /* A sink is one more key without a value. */
+            w->maximum[number] = job->sinks ? job->sinks[head] * LOG2E : -INFINITY;
+            _mm512_store_ps(w->total + number * LANES, _mm512_maskz_mov_ps(job->sinks != NULL, _mm512_set1_ps(1.0f)));
+        }
 }
 
 static void end_tile(const Job *job, const Work *w)
 {
-    int64_t number = 0;
-    for (int64_t head = w->head * job->group; head < (w->head + w->heads) * job->group; head += job->group)
-        for (int64_t row = w->first; row < w->last; row++)
-            for (int64_t g = head; g < head + job->group; g++, number++) {
-                bf16 *output = job->output + job->token[row] * job->output_token + g * job->output_head;
-                __m512 total = _mm512_load_ps(w->total + number * LANES);
-                __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-                for (int64_t at = 0; at < job->value_dim; at += LANES) {
-                    __m512 sum = _mm512_mul_ps(_mm512_load_ps(w->sums + number * w->value_width + at), scale);
-                    store_bf16(output + at, sum, job->value_dim - at);
-                }
-            }
+    for (int64_t row = w->first; row < w->last; row++)
+        for (int64_t head = w->head * job->group; head < (w->head + w->heads) * job->group; head++) {
+            int64_t number = query_number(job, w, row, head);
+            bf16 *output = job->output + job->token[row] * job->output_token + head * job->output_head;
+            const float *sums = w->sums + number * w->value_width;
+            __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(w->total + number * LANES)));
+            for (int64_t at = 0; at < job->value_dim; at += LANES)
+                store_bf16(output + at, _mm512_mul_ps(_mm512_load_ps(sums + at), scale), job->value_dim - at);
+        }
 }
 
 /* All segments of one tile, for some of the heads. */
@@ -375,13 +276,10 @@ static void attend_tile(const Job *job, Work *w, int64_t tile)
     const int64_t *end = job->segments + 5 * job->segment_ptr[tile + 1];
     w->first = job->tile_first[tile], w->last = job->tile_first[tile + 1];
     begin_tile(job, w);
-    Block block = next_block(job, segment, end, 0);
-    fetch(job, w, block, 0, 1);
-    while (block.count) {
-        Block next = next_block(job, block.segment, end, block.key + block.count);
-        for (int64_t head = 0; head < w->heads; head++) {
-            attend_block(job, w, block, next, head);
-        }
+    for (Block block = next_block(job, w, segment, end, 0, 0); block.count;) {
+        Block next = next_block(job, w, block.segment, end, block.head, block.key + block.count);
+        w->ahead = ahead_of(job, w, block, next);
+        attend_block(job, w, block);
         block = next;
     }
     end_tile(job, w);
@@ -415,7 +313,7 @@ static void release(Work *w)
 static int64_t heads_together(const Job *job)
 {
     int64_t heads = job->kv_heads;
-    while (heads > 1 && job->tiles * ((job->kv_heads + heads - 1) / heads) < 6 * omp_get_max_threads())
+    while (heads > 1 && job->tiles * ((job->kv_heads + heads - 1) / heads) < UNITS * omp_get_max_threads())
         heads = (heads + 1) / 2;
     return heads;
 }

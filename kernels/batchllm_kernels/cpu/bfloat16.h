@@ -12,6 +12,12 @@ static inline __mmask16 first_lanes(int64_t left)
     return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
 }
 
+/* The same of thirty-two. */
+static inline __mmask32 first_pairs(int64_t left)
+{
+    return left >= 2 * LANES ? 0xffffffffu : left <= 0 ? 0 : (1u << left) - 1;
+}
+
 static inline __m512 widen(__m256i numbers)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));

@@ -8,20 +8,17 @@
 #include "bfloat16.h"
 #include "power.h"
 
-/* states [rows][size] += delta (if there is one); normed = RMSNorm (Zhang and Sennrich 2019) of that, times weight. */
-void batchllm_add_rms_norm(bf16 *states, const bf16 *delta, const bf16 *weight, bf16 *normed, int64_t rows,
-                           int64_t size, int64_t states_row, int64_t delta_row, int64_t normed_row, float epsilon)
+/* normed [rows][size] = RMSNorm (Zhang and Sennrich 2019) of states [rows][size], times weight. */
+void batchllm_rms_norm(const bf16 *states, const bf16 *weight, bf16 *normed, int64_t rows, int64_t size,
+                       int64_t states_row, int64_t normed_row, float epsilon)
 {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        bf16 *from = states + row * states_row, *to = normed + row * normed_row;
+        const bf16 *from = states + row * states_row;
+        bf16 *to = normed + row * normed_row;
         __m512 squares = _mm512_setzero_ps();
         for (int64_t at = 0; at < size; at += LANES) {
             __m512 number = load_bf16(from + at, size - at);
-            if (delta) {
-                number = rounded(_mm512_add_ps(number, load_bf16(delta + row * delta_row + at, size - at)));
-                store_bf16(from + at, number, size - at);
-            }
             squares = _mm512_fmadd_ps(number, number, squares);
         }
         __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / size + epsilon));

@@ -16,17 +16,16 @@ class LayerOps:
     def __init__(self, kernels: ctypes.CDLL):
         self._kernels = kernels
 
-    def add_rms_norm(self, states: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
-        """states [n, size] grows by delta [n, size] in place; returns its RMSNorm times weight [size], contiguous."""
+    def rms_norm(self, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """The RMSNorm of states [n, size] times weight [size], contiguous."""
         normed = states.new_empty(states.shape)
         rows, size = states.shape
-        assert states.stride(1) == 1 and (delta is None or delta.stride(1) == 1)
-        self._kernels.batchllm_add_rms_norm(
+        assert states.stride(1) == 1
+        self._kernels.batchllm_rms_norm(
             _at(states),
-            None if delta is None else _at(delta),
             _at(weight),
             _at(normed),
-            *_counts(rows, size, states.stride(0), 0 if delta is None else delta.stride(0), size),
+            *_counts(rows, size, states.stride(0), size),
             ctypes.c_float(epsilon),
         )
         return normed

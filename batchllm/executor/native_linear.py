@@ -1,0 +1,83 @@
+"""Linear layers by the kernel in C, with packed weights, and with what follows the product done in the same pass."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from batchllm_kernels.cpu.linear import (
+    gated_linear,
+    linear,
+    pack_gated_panels,
+    pack_panels,
+    unpack_gated_panels,
+    unpack_panels,
+)
+from torch import Tensor, nn
+
+
+class NativeLinear(nn.Module):
+    """Takes the place of a bfloat16 nn.Linear with an even number of inputs. A row's result does not depend on what
+    rows come with it."""
+
+    def __init__(self, kernels: ctypes.CDLL, plain: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.bias = plain.bias
+        self._kernels = kernels
+        self._packed = pack_panels(plain.weight.data)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [..., in_features] → [..., out_features]."""
+        rows = states.reshape(-1, self.in_features)
+        output: Tensor = linear(self._kernels, rows, self._packed, self.out_features, self.bias)
+        return output.view(*states.shape[:-1], self.out_features)
+
+    def add_to(self, total: Tensor, states: Tensor) -> Tensor:
+        """total [n, out_features] += the layer of states [n, in_features], in place; returns it."""
+        added: Tensor = linear(
+            self._kernels, states, self._packed, self.out_features, self.bias, add_to=total
+        )
+        return added
+
+    def unpacked(self) -> nn.Linear:
+        """The layer that this was made of."""
+        return _plain(unpack_panels(self._packed, self.out_features), self.bias)
+
+
+class NativeGatedLinear(nn.Module):
+    """silu(gate) * up of a gated MLP in one product, from the joined layer [2 size, in_features] without bias."""
+
+    def __init__(self, kernels: ctypes.CDLL, joined: nn.Linear):
+        super().__init__()
+        self._kernels = kernels
+        self._size = joined.out_features // 2
+        self._packed = pack_gated_panels(joined.weight.data)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [n, in_features] → [n, size]."""
+        output: Tensor = gated_linear(self._kernels, states, self._packed, self._size)
+        return output
+
+    def unpacked(self) -> nn.Linear:
+        """The joined layer."""
+        return _plain(unpack_gated_panels(self._packed, self._size), None)
+
+
+def add_product(layer: nn.Module, states: Tensor, total: Tensor) -> Tensor:
+    """total [n, out] += layer(states [n, in]), in place, in one pass where the layer has one; returns it."""
+    if isinstance(layer, NativeLinear):
+        return layer.add_to(total, states)
+    return total.add_(layer(states))
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = bias  # type: ignore[assignment]
+    return plain
+
+
+def can_be_native(layer: nn.Linear) -> bool:
+    """Whether the kernel can do this layer's product."""
+    return layer.weight.dtype == torch.bfloat16 and layer.in_features % 2 == 0

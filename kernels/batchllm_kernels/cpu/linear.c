@@ -1,0 +1,88 @@
+/* Linear layers in bfloat16 with packed weights, and what follows a product while its sums are still in registers.
+ *
+ * Weights are packed as panels of 64 outputs: [outputs / 64][inputs / 2][64] pairs of neighbouring inputs (linear.py).
+ * A panel stays in the second-level cache while all rows pass by, six at a time; a row's sums are the same whatever rows
+ * come with it.
+ */
+#include <omp.h>
+#include <stddef.h>
+
+#include "power.h"
+#include "products.h"
+
+enum { PANEL = WIDE * LANES, UNITS = 4, FEWEST_ROWS = 48 };
+
+/* As _Product in linear.py. Strides count elements. */
+typedef struct {
+    const bf16 *input;          /* [rows][inputs] */
+    const uint32_t *weight;     /* packed */
+    const bf16 *bias;           /* [outputs], or NULL */
+    const bf16 *residual;       /* [rows][outputs], added to the rounded product, or NULL; may be the output itself */
+    bf16 *output;               /* [rows][outputs], or [rows][outputs / 2] of a gated product */
+    int64_t rows, inputs, outputs, input_row, residual_row, output_row;
+    int64_t gated;              /* panels hold 32 gates, then the 32 numbers they apply to */
+} Product;
+
+/* silu(gate) * up, rounded where transformers' modules round. */
+static inline __m512 gate(__m512 gate, __m512 up)
+{
+    gate = rounded(gate);
+    /* Below -87 the power is infinite and silu 0, as it should be. */
+    __m512 power = power_of_two(_mm512_mul_ps(gate, _mm512_set1_ps(-LOG2E)));
+    __m512 silu = rounded(_mm512_div_ps(gate, _mm512_add_ps(power, _mm512_set1_ps(1.0f))));
+    return _mm512_mul_ps(silu, rounded(up));
+}
+
+static inline __attribute__((always_inline)) void finish(const Product *p, Sums sums, int64_t row, int64_t panel,
+                                                         const int rows)
+{
+    for (int i = 0; i < rows; i++) {
+        bf16 *output = p->output + (row + i) * p->output_row;
+        if (p->gated) {
+            int64_t at = panel * PANEL / 2;
+            for (int j = 0; j < WIDE / 2; j++, at += LANES)
+                store_bf16(output + at, gate(sums[i][j], sums[i][j + WIDE / 2]), p->outputs / 2 - at);
+            continue;
+        }
+        int64_t at = panel * PANEL;
+        for (int j = 0; j < WIDE; j++, at += LANES) {
+            int64_t left = p->outputs - at;
+            __m512 sum = sums[i][j];
+            if (p->bias) sum = _mm512_add_ps(sum, load_bf16(p->bias + at, left));
+            if (p->residual)
+                sum = _mm512_add_ps(rounded(sum), load_bf16(p->residual + (row + i) * p->residual_row + at, left));
+            store_bf16(output + at, sum, left);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void some_rows(const Product *p, int64_t row, int64_t panel, const int rows)
+{
+    Sums sums;
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < WIDE; j++) sums[i][j] = _mm512_setzero_ps();
+    multiply(sums, (const uint32_t *)(p->input + row * p->input_row), p->input_row / 2,
+             p->weight + panel * p->inputs / 2 * PANEL, PANEL, LANES, p->inputs / 2, NULL, rows, WIDE);
+    finish(p, sums, row, panel, rows);
+}
+
+void batchllm_linear(const Product *p)
+{
+    int64_t panels = (p->outputs + PANEL - 1) / PANEL, enough = UNITS * omp_get_max_threads();
+    /* Rows are divided too where there are few panels. */
+    int64_t parts = most(1, least((enough + panels - 1) / panels, p->rows / FEWEST_ROWS));
+    int64_t size = (p->rows + parts * ROWS - 1) / (parts * ROWS) * ROWS;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < panels * parts; unit++) {
+        int64_t panel = unit / parts, first = unit % parts * size, last = least(first + size, p->rows);
+        for (int64_t row = first; row < last; row += ROWS)
+            switch (least(ROWS, last - row)) {
+            case 1: some_rows(p, row, panel, 1); break;
+            case 2: some_rows(p, row, panel, 2); break;
+            case 3: some_rows(p, row, panel, 3); break;
+            case 4: some_rows(p, row, panel, 4); break;
+            case 5: some_rows(p, row, panel, 5); break;
+            default: some_rows(p, row, panel, 6); break;
+            }
+    }
+}

@@ -1,0 +1,125 @@
+"""Linear layers with packed weights on a CPU in bfloat16: the binding of `linear.c`."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+PANEL = 64  # outputs of a panel
+
+
+class _Product(ctypes.Structure):
+    """As Product in linear.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("input", "weight", "bias", "residual", "output")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs")),
+        *((name, ctypes.c_int64) for name in ("input_row", "residual_row", "output_row", "gated")),
+    ]
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """bfloat16 [outputs, inputs], inputs even → int32 [panels, inputs / 2, 64]: pairs of inputs, outputs side by side.
+
+    Outputs are filled up with zeros. In large pages where the system has them: products wait less for their first read.
+    """
+    outputs, inputs = weight.shape
+    panels = -(-outputs // PANEL)
+    packed = _large_pages(panels * PANEL * inputs // 2).view(panels, inputs // 2, PANEL)
+    pairs = weight.contiguous().view(torch.int32)
+    whole = outputs // PANEL
+    packed[:whole] = pairs[: whole * PANEL].view(whole, PANEL, inputs // 2).transpose(1, 2)
+    if whole < panels:
+        packed[whole, :, : outputs - whole * PANEL] = pairs[whole * PANEL :].t()
+    return packed
+
+
+def unpack_panels(packed: Tensor, outputs: int) -> Tensor:
+    """What `pack_panels` was given, [outputs, inputs]."""
+    panels, pairs, _ = packed.shape
+    rows = packed.new_empty(panels, PANEL, pairs).copy_(packed.transpose(1, 2))
+    return rows.view(panels * PANEL, pairs)[:outputs].view(torch.bfloat16)
+
+
+def pack_gated_panels(weight: Tensor) -> Tensor:
+    """[2 size, inputs], the gates first → panels of 32 gates and the 32 outputs that they apply to."""
+    half = PANEL // 2
+    size, inputs = len(weight) // 2, weight.shape[1]
+    panels = -(-size // half)
+    parted = weight.new_zeros(2, panels * half, inputs)
+    parted[:, :size] = weight.view(2, size, inputs)
+    return pack_panels(parted.view(2, panels, half, inputs).transpose(0, 1).reshape(-1, inputs))
+
+
+def unpack_gated_panels(packed: Tensor, size: int) -> Tensor:
+    """What `pack_gated_panels` was given, [2 size, inputs]."""
+    panels, pairs, _ = packed.shape
+    rows = unpack_panels(packed, panels * PANEL).view(panels, 2, PANEL // 2, 2 * pairs)
+    return rows.transpose(0, 1).reshape(2, -1, 2 * pairs)[:, :size].reshape(2 * size, -1)
+
+
+def linear(
+    kernels: ctypes.CDLL,
+    states: Tensor,
+    packed: Tensor,
+    outputs: int,
+    bias: Tensor | None = None,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """states [n, inputs] → [n, outputs] in bfloat16, by weights of `pack_panels`.
+
+    With `add_to` [n, outputs], the result is added to it, rounded first, and it is what is returned.
+    """
+    output = states.new_empty(len(states), outputs) if add_to is None else add_to
+    _run(kernels, states, packed, output, outputs, bias=bias, residual=add_to)
+    return output
+
+
+def gated_linear(kernels: ctypes.CDLL, states: Tensor, packed: Tensor, size: int) -> Tensor:
+    """states [n, inputs] → silu(gates) times the numbers they apply to [n, size], by weights of `pack_gated_panels`."""
+    output = states.new_empty(len(states), size)
+    _run(kernels, states, packed, output, 2 * size, gated=1)
+    return output
+
+
+def _run(
+    kernels: ctypes.CDLL,
+    states: Tensor,
+    packed: Tensor,
+    output: Tensor,
+    outputs: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gated: int = 0,
+) -> None:
+    if states.stride(1) != 1 or states.stride(0) % 2:
+        states = states.contiguous()
+    assert output.stride(1) == 1 and states.shape[1] == 2 * packed.shape[1]
+    product = _Product(
+        input=states.data_ptr(),
+        weight=packed.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        output=output.data_ptr(),
+        rows=len(states),
+        inputs=states.shape[1],
+        outputs=outputs,
+        input_row=states.stride(0),
+        residual_row=0 if residual is None else residual.stride(0),
+        output_row=output.stride(0),
+        gated=gated,
+    )
+    kernels.batchllm_linear(ctypes.byref(product))
+
+
+def _large_pages(words: int) -> Tensor:
+    """int32 zeros, aligned to pages."""
+    memory = mmap.mmap(-1, max(1, 4 * words))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.int32, count=words)

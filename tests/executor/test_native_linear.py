@@ -1,0 +1,128 @@
+"""The product kernel in C against float64, and what it does in the same pass against torch in bfloat16."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batchllm_kernels.cpu import build
+from batchllm_kernels.cpu.linear import (
+    PANEL,
+    gated_linear,
+    linear,
+    pack_gated_panels,
+    pack_panels,
+    unpack_gated_panels,
+    unpack_panels,
+)
+from torch import Tensor, nn
+
+from batchllm.executor.native import native_kernels
+from batchllm.executor.native_linear import NativeLinear, add_product, can_be_native
+
+BF16 = torch.bfloat16
+needs_kernels = pytest.mark.skipif(
+    not build.cpu_has_bfloat16_products() or build._compiler() is None,
+    reason="needs a CPU with AVX-512 BF16 and a C compiler",
+)
+# Rows, inputs, outputs: less than one of everything, whole panels, one more and one less.
+SHAPES = [(1, 2, 1), (5, 62, 17), (6, 64, 64), (7, 64, 65), (13, 128, 127), (200, 96, 192)]
+
+
+@pytest.fixture
+def kernels() -> ctypes.CDLL:
+    found = native_kernels(BF16)
+    assert found is not None
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def rounding(exact: Tensor, inputs: int) -> Tensor:
+    """What bfloat16 may be off by: half a unit in the last place, and sums in float32."""
+    return exact.abs() * 2**-8 + inputs**0.5 * 2e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_product_is_the_exact_one_rounded(
+    kernels: ctypes.CDLL, rows: int, inputs: int, outputs: int, biased: bool
+) -> None:
+    states, weight, bias = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(outputs, seed=2)
+    exact = states.double() @ weight.double().T + (bias.double() if biased else 0)
+    found = linear(kernels, states, pack_panels(weight), outputs, bias if biased else None)
+    assert ((found.double() - exact).abs() <= rounding(exact, inputs)).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_sum_with_what_is_there_is_rounded_as_torch_rounds(
+    kernels: ctypes.CDLL, rows: int, inputs: int, outputs: int
+) -> None:
+    states, weight, total = (
+        normal(rows, inputs),
+        normal(outputs, inputs, seed=1),
+        normal(rows, outputs, seed=2),
+    )
+    packed = pack_panels(weight)
+    expected = total + linear(kernels, states, packed, outputs)
+    found = linear(kernels, states, packed, outputs, add_to=total)
+    assert found is total and torch.equal(total, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
+def test_gated_product_is_silu_times_up(kernels: ctypes.CDLL, size: int) -> None:
+    states, weight = normal(9, 64) * 4, normal(2 * size, 64, seed=1)
+    states[0], weight[0] = 8, -4  # a gate far below zero
+    gate, up = linear(kernels, states, pack_panels(weight), 2 * size).chunk(2, dim=1)
+    found = gated_linear(kernels, states, pack_gated_panels(weight), size)
+    torch.testing.assert_close(found, F.silu(gate) * up, rtol=0.009, atol=1e-6)
+    assert (found != F.silu(gate) * up).float().mean() < 0.02
+
+
+@needs_kernels
+def test_a_row_does_not_depend_on_the_others_with_it(kernels: ctypes.CDLL) -> None:
+    states, packed = normal(250, 128), pack_panels(normal(100, 128, seed=1))
+    together = linear(kernels, states, packed, 100)
+    for rows in (slice(0, 1), slice(3, 8), slice(100, 250)):
+        assert torch.equal(linear(kernels, states[rows], packed, 100), together[rows])
+
+
+@needs_kernels
+def test_rows_may_lie_apart(kernels: ctypes.CDLL) -> None:
+    wide, packed = normal(8, 3 * 64 + 1), pack_panels(normal(64, 64, seed=1))
+    for states in (wide[:, 64:128], wide[::2, 1:65], wide.t()[:64].t()):
+        assert torch.equal(
+            linear(kernels, states, packed, 64), linear(kernels, states.contiguous(), packed, 64)
+        )
+
+
+@pytest.mark.parametrize("outputs", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("inputs", [2, 50])
+def test_packed_weights_come_back(outputs: int, inputs: int) -> None:
+    weight = normal(outputs, inputs)
+    packed = pack_panels(weight)
+    assert packed.shape[2] == PANEL and torch.equal(unpack_panels(packed, outputs), weight)
+    both = normal(2 * outputs, inputs)
+    assert torch.equal(unpack_gated_panels(pack_gated_panels(both), outputs), both)
+
+
+@needs_kernels
+def test_layer_takes_states_of_any_shape_and_adds_in_place(kernels: ctypes.CDLL) -> None:
+    plain = nn.Linear(64, 48, dtype=BF16).requires_grad_(False)
+    layer = NativeLinear(kernels, plain)
+    states, total = normal(2, 5, 64), normal(10, 48, seed=1)
+    torch.testing.assert_close(layer(states), plain(states), rtol=0.02, atol=0.01)
+    added = [add_product(each, states.view(10, 64), total.clone()) for each in (layer, plain)]
+    torch.testing.assert_close(added[0], added[1], rtol=0.02, atol=0.02)
+
+
+def test_pairs_need_an_even_number_of_inputs() -> None:
+    assert can_be_native(nn.Linear(6, 5, dtype=BF16))
+    assert not can_be_native(nn.Linear(5, 6, dtype=BF16)) and not can_be_native(nn.Linear(6, 5))
