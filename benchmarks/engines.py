@@ -129,14 +129,6 @@ class Workers:
             self._workers[engine] = settings, self._start(engine, settings)
         return self._workers[engine][1].run(workload)
 
-    def run_fresh(self, engine: str, settings: Settings, workload: Path) -> EngineResult:
-        """In a process that has done nothing before, for its peak of memory."""
-        worker = self._start(engine, settings)
-        try:
-            return worker.run(workload)
-        finally:
-            worker.close()
-
     def _start(self, engine: str, settings: Settings) -> Worker:
         worker = Worker(engine, settings, self._interpreters, self._scratch)
         self.startup_seconds.setdefault(engine, []).append(worker.startup_seconds)

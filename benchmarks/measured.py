@@ -1,109 +1,107 @@
-"""What several pairs of runs of one workload come to."""
+"""What several pairs of runs of one workload come to.
+
+A pair is kept as plain values, as measured; everything else is made from all pairs, so that runs of the comparison can
+add theirs to a report one after another.
+"""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import result
-from benchmarks.floor import Products
 from benchmarks.result import EngineResult
-from benchmarks.worker import Settings
-from benchmarks.workloads import Workload
 
 OURS = "batchllm"
+BEYOND_BYTES = 600 << 20  # of memory that may be neither weights nor KV
 _PARTS = ("schedule", "prepare", "forward", "sample", "absorb")
+_COUNTED = ("steps", "valleys", "kv_tokens_peak", "prompt_tokens_computed", "recomputed_tokens")
+
+Pair = dict[str, Any]  # "floor_seconds", "runs": engine → what it did, "failed": engine → why it has no run
 
 
-@dataclass
-class Measured:
-    """Runs of one workload, by engine, in the order of the pairs; the first pairs have all engines."""
-
-    workload: Workload
-    products: Products
-    settings: Settings
-    kv_token_bytes: int
-    runs: dict[str, list[EngineResult]] = field(default_factory=dict)
-    floor_seconds: list[float] = field(default_factory=list)  # by pair
-    failures: dict[str, str] = field(default_factory=dict)  # engine → why it has no runs
-    rss_peak_bytes: int | None = None  # of ours, in a process that ran nothing else
-
-    def add(self, engine: str, run: EngineResult) -> None:
-        self.runs.setdefault(engine, []).append(run)
-
-    def figures(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
-        workload, ours = self.workload, self.runs[OURS]
-        peers: list[dict[str, Any]] = [
-            self._peer(engine, runs) for engine, runs in self.runs.items() if engine != OURS
-        ]
-        peers += [{"engine": engine, "failed": reason} for engine, reason in self.failures.items()]
-        return {
-            "workload": workload.name,
-            "rows": len(workload.prompts),
-            "prompt_tokens": workload.prompt_tokens,
-            "distinct_prompt_tokens": self.products.distinct_prompt_tokens,
-            "output_tokens": len(workload.prompts) * workload.max_tokens,
-            "kv_budget_bytes": self.settings.kv_bytes,
-            "floor_seconds": _rounded(self.floor_seconds),
-            "ours": {
-                "seconds": _rounded([run.seconds for run in ours]),
-                "median_seconds": _median([run.seconds for run in ours]),
-                "share_of_floor": _median(
-                    [floor / run.seconds for floor, run in zip(self.floor_seconds, ours)], 3
-                ),
-                "outside_forward": _median([1 - _forward(run) for run in ours], 4),
-                "parts": {p: _median([run.figures[f"{p}_seconds"] for run in ours]) for p in _PARTS},
-                **{name: int(ours[0].figures[name]) for name in ("steps", "valleys", "kv_tokens_peak")},
-                "prompt_tokens_computed": int(ours[0].figures["prompt_tokens_computed"]),
-                "recomputed_tokens": int(ours[0].figures["recomputed_tokens"]),
-                **self._memory(),
-            },
-            "peers": peers,
-        }
-
-    def _peer(self, engine: str, runs: list[EngineResult]) -> dict[str, Any]:
-        ours = self.runs[OURS]
-        ratios = sorted(run.seconds / mine.seconds for mine, run in zip(ours, runs))
-        return {
-            "engine": runs[0].engine,
-            "seconds": _rounded([run.seconds for run in runs]),
-            "median_seconds": _median([run.seconds for run in runs]),
-            "ratio": _median(ratios),
-            "ratio_spread": _rounded([ratios[0], ratios[-1]]),
-            "share_of_floor": _median(
-                [floor / run.seconds for floor, run in zip(self.floor_seconds, runs)], 3
-            ),
-            "equal_tokens": round(result.equal_tokens(ours[0], runs[0]), 4),
-            "common_start": round(result.common_start(ours[0], runs[0]), 4),
-            "rss_peak_bytes": int(max(run.figures["rss_peak_bytes"] for run in runs)),
-            **{name: int(value) for name, value in runs[0].figures.items() if name != "rss_peak_bytes"},
-        }
-
-    def _memory(self) -> dict[str, int]:
-        """Of the peak, what is neither weights nor KV: no more than 600 MiB are meant to be."""
-        if self.rss_peak_bytes is None:
-            return {}
-        weights = (Path(self.settings.model) / "model.safetensors").stat().st_size
-        held = int(self.runs[OURS][0].figures["kv_tokens_peak"]) * self.kv_token_bytes
-        return {
-            "rss_peak_bytes": self.rss_peak_bytes,
-            "weights_bytes": weights,
-            "kv_peak_bytes": held,
-            "other_bytes": self.rss_peak_bytes - weights - held,
-        }
+def pair_of(runs: Mapping[str, EngineResult], failed: Mapping[str, str], floor_seconds: float) -> Pair:
+    """One run of ours, those of the other engines beside it, and the least time for the products just before."""
+    ours = runs[OURS]
+    return {
+        "floor_seconds": round(floor_seconds, 3),
+        "runs": {engine: _run(run, ours) for engine, run in runs.items()},
+        "failed": dict(failed),
+    }
 
 
-def _forward(run: EngineResult) -> float:
-    """Share of a whole job's time that is the model's forward pass."""
-    return run.figures["forward_seconds"] / run.seconds
+def _run(run: EngineResult, ours: EngineResult) -> dict[str, Any]:
+    figures = {name: round(value, 4) for name, value in run.figures.items()}
+    return {
+        "engine": run.engine,
+        "seconds": round(run.seconds, 3),
+        "equal_tokens": round(result.equal_tokens(ours, run), 4),
+        "common_start": round(result.common_start(ours, run), 4),
+        **figures,
+    }
 
 
-def _median(values: list[float], digits: int = 2) -> float:
+def figures(workload: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """What all pairs say. `workload`: among others `weights_bytes`, `kv_budget_bytes` and `kv_token_bytes`."""
+    last: dict[str, str] = {engine: reason for pair in pairs for engine, reason in pair["failed"].items()}
+    ran = {engine: None for pair in pairs for engine in pair["runs"] if engine != OURS}
+    peers = [_peer(engine, [pair for pair in pairs if engine in pair["runs"]]) for engine in ran]
+    peers += [{"engine": engine, "failed": reason} for engine, reason in last.items() if engine not in ran]
+    return {"ours": _ours(workload, pairs), "peers": peers}
+
+
+def _ours(workload: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+    runs = [pair["runs"][OURS] for pair in pairs]
+    return {
+        "seconds": [run["seconds"] for run in runs],
+        "median_seconds": _median([run["seconds"] for run in runs]),
+        "share_of_floor": _median(
+            [pair["floor_seconds"] / run["seconds"] for pair, run in zip(pairs, runs)], 3
+        ),
+        "outside_forward": _median([1 - run["forward_seconds"] / run["seconds"] for run in runs], 4),
+        "parts": {part: _median([run[f"{part}_seconds"] for run in runs]) for part in _PARTS},
+        **{name: int(runs[-1][name]) for name in _COUNTED},
+        **_memory(workload, runs),
+    }
+
+
+def _memory(workload: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The process's peak, loading included, and what of the runs' peak is neither weights nor KV in use."""
+    weights, running = workload["weights_bytes"], int(max(run["rss_peak_bytes"] for run in runs))
+    loading = int(max(run["rss_loading_bytes"] for run in runs))
+    held = int(max(run["kv_tokens_peak"] for run in runs)) * workload["kv_token_bytes"]
+    allowed = weights + workload["kv_budget_bytes"] + BEYOND_BYTES
+    return {
+        "rss_peak_bytes": max(loading, running),
+        "rss_allowed_bytes": allowed,
+        "rss_within": max(loading, running) <= allowed,
+        "rss_loading_bytes": loading,
+        "kv_peak_bytes": held,
+        "other_bytes": running - weights - held,
+    }
+
+
+def _peer(engine: str, pairs: Sequence[Pair]) -> dict[str, Any]:
+    runs, ours = [pair["runs"][engine] for pair in pairs], [pair["runs"][OURS] for pair in pairs]
+    ratios = sorted(run["seconds"] / mine["seconds"] for mine, run in zip(ours, runs))
+    fixed = {"engine", "seconds", "equal_tokens", "common_start", "rss_peak_bytes", "rss_loading_bytes"}
+    return {
+        "engine": runs[-1]["engine"],
+        "name": engine,
+        "seconds": [run["seconds"] for run in runs],
+        "median_seconds": _median([run["seconds"] for run in runs]),
+        "ratio": _median(ratios),
+        "ratio_spread": [round(ratios[0], 2), round(ratios[-1], 2)],
+        "share_of_floor": _median(
+            [pair["floor_seconds"] / run["seconds"] for pair, run in zip(pairs, runs)], 3
+        ),
+        "equal_tokens": _median([run["equal_tokens"] for run in runs], 4),
+        "common_start": _median([run["common_start"] for run in runs], 4),
+        "rss_peak_bytes": int(max(run["rss_peak_bytes"] for run in runs)),
+        **{name: int(value) for name, value in runs[-1].items() if name not in fixed},
+    }
+
+
+def _median(values: Sequence[float], digits: int = 2) -> float:
     return round(statistics.median(values), digits)
-
-
-def _rounded(values: list[float]) -> list[float]:
-    return [round(value, 2) for value in values]

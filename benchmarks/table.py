@@ -11,7 +11,8 @@ HEADER = f"""\
 ours    median seconds of the whole job, model loaded
 floor   least time for the matrix products / ours
 out     our time outside the model's forward pass
-MiB     our peak of memory beyond weights and KV in use
+MiB     our peak of memory while running, beyond weights and KV in use
+        !: the process's peak, loading included, was above weights, KV budget and 600 MiB
 equal   output tokens that are the same; start: those before the first difference
 
 {"workload":<13}{"ours s":>7}{"floor":>6}{"out":>6}{"MiB":>6}  {"peer":<22}{"s":>8}{"ratio":>6} {"spread":<10}\
@@ -21,7 +22,7 @@ equal   output tokens that are the same; start: those before the first differenc
 def lines(row: dict[str, Any]) -> list[str]:
     """One line for each peer."""
     ours = row["ours"]
-    memory = f"{ours['other_bytes'] / 2**20:.0f}" if "other_bytes" in ours else "-"
+    memory = f"{ours['other_bytes'] / 2**20:.0f}{'' if ours['rss_within'] else '!'}"
     first = (
         f"{row['workload']:<13}{ours['median_seconds']:>7.2f}{ours['share_of_floor']:>6.0%}"
         f"{ours['outside_forward']:>6.1%}{memory:>6}  "

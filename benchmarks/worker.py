@@ -54,13 +54,14 @@ def serve(start: Callable[[Settings], Run]) -> None:
     run(_warm_up(1))
     first_step = time.monotonic()
     run(_warm_up(4))
+    loading = rss_peak_bytes()
     _reply(replies, {"first_step": first_step, "versions": _versions()})
     for line in sys.stdin:
         request = json.loads(line)
         try:
             reset_rss_peak()
             done = run(workloads.load(Path(request["workload"])))
-            done.figures["rss_peak_bytes"] = rss_peak_bytes()
+            done.figures.update(rss_peak_bytes=rss_peak_bytes(), rss_loading_bytes=loading)
             result.save(done, Path(request["result"]))
             _reply(replies, {"done": True})
         except Exception as error:

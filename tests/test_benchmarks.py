@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from batchllm.executor.trace import StepRecord, StepTrace, load_trace
-from benchmarks import compare, floor, real_workloads, step_plot, table, workloads
+from benchmarks import compare, floor, measured, real_workloads, startup, step_plot, table, workloads
 from benchmarks.engines import EngineFailed, Interpreters, Workers, save_workload
 from benchmarks.model import make_model
+from benchmarks.report import Report
 from benchmarks.result import EngineResult, common_start, equal_tokens
 from benchmarks.worker import Settings
 from benchmarks.workloads import Workload
@@ -24,7 +25,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     """What one pair of the tiny workload printed and wrote; vLLM was asked for and is not there."""
     folder = tmp_path_factory.mktemp("compared")
     arguments = ["--workloads", "tiny,documents", "--engines", "transformers,vllm", "--pairs", "1"]
-    arguments += ["--no-memory", "--data", str(folder / "nowhere"), "--out", str(folder / "report.json")]
+    arguments += ["--data", str(folder / "nowhere"), "--out", str(folder / "report.json")]
     environment = {"BATCHLLM_VLLM_PYTHON": None, "OMP_NUM_THREADS": "1"}
     run = CliRunner().invoke(
         compare.main, [*arguments, "--traces", str(folder)], env=environment, catch_exceptions=False
@@ -51,6 +52,74 @@ def test_what_cannot_run_is_said_and_the_rest_goes_on(compared: tuple[str, dict[
     assert "documents" in output and "left out: no data" in output
     assert max(len(line) for line in table.HEADER.splitlines()) <= 100
     assert len(table.lines(report["rows"][0])[0]) <= 100
+
+
+def test_memory_is_the_process_s_own_and_has_a_bound(compared: tuple[str, dict[str, Any], Path]) -> None:
+    _, report, _ = compared
+    (row,) = report["rows"]
+    ours, run = row["ours"], row["pairs"][0]["runs"]["batchllm"]
+    assert row["weights_bytes"] < 2**22 < run["rss_loading_bytes"] <= ours["rss_peak_bytes"]
+    assert ours["rss_allowed_bytes"] == row["weights_bytes"] + row["kv_budget_bytes"] + 600 * 2**20
+    assert ours["other_bytes"] == run["rss_peak_bytes"] - row["weights_bytes"] - ours["kv_peak_bytes"]
+    assert ours["rss_within"] == (ours["rss_peak_bytes"] <= ours["rss_allowed_bytes"])
+
+
+def made_pair(
+    ours: float, vllm: float | None = None, cb: float | None = None, rss: int = 900
+) -> dict[str, Any]:
+    counted = "steps valleys kv_tokens_peak prompt_tokens_computed recomputed_tokens".split()
+    parts = [f"{part}_seconds" for part in ("schedule", "prepare", "forward", "sample", "absorb")]
+    figures = {
+        "rss_peak_bytes": float(rss),
+        "rss_loading_bytes": 700.0,
+        **dict.fromkeys([*counted, *parts], 1.0),
+    }
+    runs = {"batchllm": EngineResult("batchllm", ours, [[1, 2]], figures)}
+    for engine, seconds in (("vllm", vllm), ("transformers-cb", cb)):
+        if seconds is not None:
+            runs[engine] = EngineResult(engine, seconds, [[1, 3]], dict(figures))
+    return measured.pair_of(runs, {} if vllm else {"vllm": "it did not start"}, 2.0)
+
+
+def test_pairs_of_separate_runs_are_put_together(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    workload = {"workload": "x", "weights_bytes": 100, "kv_budget_bytes": 50, "kv_token_bytes": 2}
+    for pair in (made_pair(4, cb=40), made_pair(4, vllm=8), made_pair(5, vllm=5, rss=950)):
+        report = Report(path)
+        report.note_starts({"batchllm": [1.0]}, {"batchllm": {"torch": "2"}})
+        report.note_starts({"batchllm": [1.0, 2.0]}, {"batchllm": {"torch": "2"}})
+        report.add(workload, pair)
+    Report(path).add(workload, made_pair(2, vllm=3))
+    saved = json.loads(path.read_text())
+    (row,) = saved["rows"]
+    assert row["ours"]["seconds"] == [4, 4, 5, 2] and row["ours"]["median_seconds"] == 4
+    assert row["ours"]["rss_peak_bytes"] == 950 and row["ours"]["other_bytes"] == 950 - 100 - 2
+    peers = {peer["name"]: peer for peer in row["peers"]}
+    assert peers["transformers-cb"]["ratio"] == 10 and peers["transformers-cb"]["seconds"] == [40]
+    assert peers["vllm"]["ratio"] == 1.5 and peers["vllm"]["ratio_spread"] == [1, 2]
+    assert peers["vllm"]["equal_tokens"] == 0.5 and len(peers) == 2
+    assert saved["startup_seconds"] == {"batchllm": [1, 2] * 3}
+    with pytest.raises(ValueError, match="another workload x"):
+        Report(path).add({**workload, "weights_bytes": 101}, made_pair(1))
+    assert Report(path, ["x"]).add(workload, made_pair(1))["peers"] == [
+        {"engine": "vllm", "failed": "it did not start"}
+    ]
+
+
+def test_cold_runs_in_pieces_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([4.0, 5.0, 20.0, 6.0])
+    monkeypatch.setattr(startup.Commands, "__init__", lambda *_: None)
+    monkeypatch.setattr(startup.Commands, "of", lambda *_: {engine: [] for engine in startup._ENGINES})
+    monkeypatch.setattr(startup.Commands, "wall_seconds", lambda *_: next(taken))
+    options = ["--data", str(tmp_path), "--out", str(tmp_path / "report.json"), "--jobs", "one"]
+    for engines, pairs in (("batchllm", 2), ("vllm", 1), ("batchllm", 1)):
+        arguments = [*options, "--engines", engines, "--pairs", str(pairs)]
+        run = CliRunner().invoke(startup.main, arguments, catch_exceptions=False)
+        assert run.exit_code == 0, run.output
+    (job,) = json.loads((tmp_path / "report.json").read_text())["jobs"].values()
+    assert job["seconds"] == {"batchllm": [4, 5, 6], "vllm": [20]}
+    assert job["ratio"] == {"vllm": {"median": 4, "spread": [3.33, 5]}}
+    assert "vllm           20.00 s  1 runs   4.00 [3.33-5.00]" in run.output
 
 
 def test_our_steps_are_kept_and_can_be_drawn(compared: tuple[str, dict[str, Any], Path]) -> None:
