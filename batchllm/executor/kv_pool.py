@@ -194,8 +194,11 @@ def _lazy_zeros(capacity: int, layer: LayerKv, dtype: torch.dtype) -> Tensor:
     """Zeros that occupy no memory until written, unlike torch.zeros. In large pages where the system has them: they are
     committed with fewer faults."""
     size = capacity * layer.heads * layer.row_dim
-    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    length = max(1, size * dtype.itemsize)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = mmap.mmap(-1, length)
+    else:  # private: shared memory, which is the default, has large pages on few systems
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=size).view(capacity, layer.heads, layer.row_dim)
