@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from batchllm.candidates import Candidates
 from batchllm.chunkcache.store import check_store
 from batchllm.collection import resume_collection
+from batchllm.core import PromptTable, RequestTable
 from batchllm.dataset.answer_cache import AnswerCache
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
@@ -126,8 +127,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
                 candidates,
                 chunks=rows.chunks,
             )
-            if job.output.cache is not None:
-                run.cache = AnswerCache(job.output.cache, prompts, requests, configuration)
+            run.cache = _answer_cache(job, prompts, requests, configuration, progress)
             interrupted = _answer_and_finish(run)
             return _summary(run, rows.reordering_saves, interrupted)
 
@@ -162,6 +162,21 @@ def _answer_and_finish(run: Execution) -> bool:
         run.store.flush()
         return True
     return False
+
+
+def _answer_cache(
+    job: JobSpec, prompts: PromptTable, requests: RequestTable, configuration: bytes, progress: Progress
+) -> AnswerCache | None:
+    """What `output.cache` names. Answers of lossy reuse follow from what a store held at the time, which no key of the
+    cache knows: they neither go there nor come from there."""
+    if job.output.cache is None:
+        return None
+    if job.chunks is not None and job.chunks.lossy:
+        progress.note(
+            f"output.cache is not used: answers with chunks.reuse: {job.chunks.reuse} depend on what the store holds"
+        )
+        return None
+    return AnswerCache(job.output.cache, prompts, requests, configuration)
 
 
 def _configuration(job: JobSpec) -> bytes:

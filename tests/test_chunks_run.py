@@ -121,6 +121,20 @@ def test_answers_of_lossy_reuse_are_not_taken_for_exact_ones(prepared: Path, tmp
     assert read_metrics(tmp_path / "job" / "out")["rows_resumed"] == len(ROWS)
 
 
+def test_answers_of_lossy_reuse_are_not_shared_by_jobs(prepared: Path, tmp_path: Path, capfd: Any):
+    """What the store holds decides them, and it may hold something else for the next job."""
+    cache = tmp_path / "cache"
+    job = copied(prepared, tmp_path / "job")
+    with_cache = ("--set", f"output.cache={cache}")
+    assert exit_code_of("run", job, *with_cache, "--set", "chunks.reuse=naive") == 0
+    assert "output.cache is not used" in capfd.readouterr().err
+    assert not cache.exists()
+    assert run(job, *with_cache, "--overwrite") == 0
+    assert list(cache.glob("*.parquet"))
+    assert run(job, *with_cache, "--overwrite", "--set", "chunks.reuse=naive") == 0
+    assert read_metrics(tmp_path / "job" / "out")["chunks"]["placed_tokens"] > 100  # none came from the cache
+
+
 def test_passages_that_may_be_reordered_share_exact_prefixes(tmp_path: Path, model_folder: Path):
     rows = rag_rows([[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 2, 1], [3, 0, 1], [1, 3, 0]])
     free = {"text": TEMPLATE, "reorder": "passages"}
