@@ -24,7 +24,6 @@ import numpy as np
 
 from batchllm.core import IntArray
 from batchllm.planner.accesses import AccessSequence, FloatArray, accesses_by_bytes
-from batchllm.planner.chunk_order import order_for_reuse
 from batchllm.planner.eviction import (
     EvictionPolicy,
     KnownNextUse,
@@ -33,7 +32,6 @@ from batchllm.planner.eviction import (
     least_frequently_used,
 )
 from batchllm.planner.eviction_simulator import simulate_cache
-from batchllm.planner.field_order import FreeItems
 from batchllm.planner.memory_prices import fewest_loaded_bytes, memory_prices
 
 BLOCK = 512
@@ -44,7 +42,6 @@ _RESULTS = Path(__file__).parent / "results"
 @dataclass(frozen=True)
 class Accesses:
     by_bytes: AccessSequence
-    request_ptr: IntArray  # [requests + 1] CSR over the accesses
     fix_share: FloatArray  # [accesses] CFO of each use
 
     @property
@@ -88,8 +85,7 @@ def mooncake_accesses(path: Path, limit: int | None = None) -> Accesses:
 
 def _accesses(requests: Sequence[Sequence[int]], sizes: IntArray, fix_share: FloatArray) -> Accesses:
     item = np.array([chunk for chunks in requests for chunk in chunks], dtype=np.int64)
-    ptr = np.append(0, np.cumsum([len(chunks) for chunks in requests]))
-    return Accesses(accesses_by_bytes(item, sizes), ptr, fix_share)
+    return Accesses(accesses_by_bytes(item, sizes), fix_share)
 
 
 def _fix_shares(requests: Sequence[Sequence[int]]) -> FloatArray:
@@ -144,21 +140,6 @@ def compare(accesses: Accesses, share: float) -> dict[str, Any]:
     return row
 
 
-def reordered(accesses: Accesses, share: float, may_reorder: bool) -> dict[str, Any]:
-    """What ordering the requests saves on top."""
-    sequence = accesses.by_bytes
-    lead = np.zeros(len(accesses.request_ptr) - 1, dtype=np.int64)
-    passages = FreeItems(accesses.request_ptr, sequence.item, sequence.bytes, lead)
-    capacity = int(sequence.distinct_bytes * share)
-    found = order_for_reuse(passages, sequence.bytes, capacity, may_reorder=may_reorder)
-    return {
-        "cache": share,
-        "passages reordered": may_reorder,
-        "as given": found.loaded_as_given,
-        "ordered": found.loaded,
-    }
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| cache | bound, of distinct bytes | known next use | LRU | LFU | Cache-Craft | equal sizes: known next use / "
@@ -197,10 +178,6 @@ def main(data: Path, out: Path | None) -> None:
         rows = [compare(accesses, share) for share in SHARES]
         click.echo(f"{name}: {len(accesses.by_bytes):,} accesses; loaded bytes over the bound\n{table(rows)}")
         report[name] = {"accesses": len(accesses.by_bytes), "policies": rows}
-    orders = [reordered(sequences["MuSiQue"], share, free) for share in SHARES[:3] for free in (False, True)]
-    for row in orders:
-        click.echo(json.dumps(row))
-    report["MuSiQue"]["orders"] = orders
     target = out or _RESULTS / f"{report['date']}-chunk-eviction.json"
     target.write_text(json.dumps(report, indent=2) + "\n")
     click.echo(f"written to {target}")

@@ -1,7 +1,7 @@
 """Reads chunks from the store ahead of their use, in a thread of its own.
 
-Node by node in the order of the plan, layer by layer within a node: the model computes one layer while the next is
-decoded and turned to its place.
+In the order of the plan; of the nodes that the next step uses, layer by layer: the model computes one layer while the
+next is decoded and turned to its place.
 
 The files of a node are read and their checksums compared before its first layer is decoded, and before the scheduler is
 told what the node need not compute: damage is found while it can still be computed instead.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from batchllm.executor.kv_pool import LayerKv
 class LoadEvent(NamedTuple):
     """What the loader or the model's thread did from `begin` to `end`, in seconds of time.perf_counter."""
 
-    what: str  # read, decode, compute or wait
+    what: str  # read or decode, by the loader; compute, or wait for the loader, by the model's thread
     node: int  # -1: of all nodes of a step
     layer: int  # -1: of all layers
     begin: float
@@ -59,6 +59,10 @@ class LoadingNode:
         self.ready: list[threading.Event] = []
         self.failure: BaseException | None = None
         self.num_bytes = 0
+        # Of the loader:
+        self.fetched = False  # the next step uses it
+        self.num_decoded = 0  # layers
+        self.places: PlacedKeys | None = None
 
     def positions(self) -> Tensor:
         return torch.cat([torch.arange(part.begin, part.end) for part in self.parts])
@@ -103,6 +107,7 @@ class ChunkLoader:
         self._ahead = deque(first_access)
         self._urgent: deque[LoadingNode] = deque()
         self._started: dict[int, LoadingNode] = {}
+        self._decoding: list[LoadingNode] = []  # read, with layers left to decode
         self._held_bytes = 0
         self._closed = False
         self._change = threading.Condition()
@@ -113,13 +118,14 @@ class ChunkLoader:
         """The node, its files checked. Earlier nodes that were loaded ahead and never fetched are given up."""
         with self._change:
             for passed in [number for number in self._started if number < node]:
-                self._held_bytes -= self._started.pop(passed).num_bytes
+                self._give_up(self._started.pop(passed))
             loading = self._started.pop(node, None)
             while self._ahead and self._ahead[0] <= node:
                 self._ahead.popleft()
             if loading is None:
                 loading = LoadingNode(node, self._nodes.parts(node))
                 self._urgent.append(loading)
+            loading.fetched = True
             self._change.notify_all()
         self._wait(loading.checked, loading, -1)
         return loading
@@ -134,8 +140,13 @@ class ChunkLoader:
     def release(self, loading: LoadingNode) -> None:
         """All its layers have been used."""
         with self._change:
-            self._held_bytes -= loading.num_bytes
+            self._give_up(loading)
             self._change.notify_all()
+
+    def _give_up(self, loading: LoadingNode) -> None:
+        self._held_bytes -= loading.num_bytes
+        if loading in self._decoding:
+            self._decoding.remove(loading)
 
     def close(self) -> None:
         """Stops the thread, wherever it is."""
@@ -163,31 +174,42 @@ class ChunkLoader:
 
     @torch.inference_mode()
     def _work(self) -> None:
-        while (loading := self._next()) is not None:
+        while (task := self._next()) is not None:
+            do, loading = task
             try:
-                self._load(loading)
+                do(loading)
             except BaseException as failure:  # the model's thread raises it
                 loading.failure = failure
                 loading.checked.set()
                 for event in loading.ready:
                     event.set()
+                with self._change:
+                    self._decoding = [other for other in self._decoding if other is not loading]
 
-    def _next(self) -> LoadingNode | None:
-        """What is waited for first, else the next node of the plan if there is room. None: closed."""
+    def _next(self) -> tuple[Callable[[LoadingNode], None], LoadingNode] | None:
+        """What to do next: to read what the scheduler waits for; to decode a layer; to read the next node of the plan if
+        there is room. None: closed."""
         with self._change:
             while not self._closed:
                 if self._urgent:
                     loading = self._urgent.popleft()
                     self._hold(loading)
-                    return loading
+                    return self._read, loading
+                if self._decoding:
+                    return self._decode, self._most_needed()
                 if self._ahead:
                     loading = LoadingNode(self._ahead[0], self._nodes.parts(self._ahead[0]))
                     if not self._held_bytes or self._held_bytes + self._size(loading) <= self._ahead_bytes:
                         self._started[self._ahead.popleft()] = loading
                         self._hold(loading)
-                        return loading
+                        return self._read, loading
                 self._change.wait()
             return None
+
+    def _most_needed(self) -> LoadingNode:
+        """Of the nodes of the next step the one with fewest layers, else the first one of later steps."""
+        fetched = [loading for loading in self._decoding if loading.fetched]
+        return min(fetched, key=lambda loading: loading.num_decoded) if fetched else self._decoding[0]
 
     def _hold(self, loading: LoadingNode) -> None:
         loading.num_bytes = self._size(loading)
@@ -197,7 +219,7 @@ class ChunkLoader:
     def _size(self, loading: LoadingNode) -> int:
         return sum(part.end - part.begin for part in loading.wanted) * self._shapes.token_bytes()
 
-    def _load(self, loading: LoadingNode) -> None:
+    def _read(self, loading: LoadingNode) -> None:
         begin = time.perf_counter()
         access = self._first_access.get(loading.node)
         for index, part in enumerate(loading.wanted):
@@ -214,17 +236,24 @@ class ChunkLoader:
         layers = len(self._shapes.layers)
         loading.layers = [None] * layers
         loading.ready = [threading.Event() for _ in range(layers)]
+        if loading.parts:
+            loading.places = self._rotation.select(loading.positions())
+            with self._change:
+                self._decoding.append(loading)
         self.stats.load_seconds += self.note("read", loading.node, -1, begin)
         self.stats.parts += len(loading.parts)
         loading.checked.set()
-        if not loading.parts:
-            return
-        places = self._rotation.select(loading.positions())
-        for layer in range(layers):
-            begin = time.perf_counter()
-            loading.layers[layer] = self._decoded(loading, layer, places)
-            self.stats.load_seconds += self.note("decode", loading.node, layer, begin)
-            loading.ready[layer].set()
+
+    def _decode(self, loading: LoadingNode) -> None:
+        """Its next layer."""
+        begin, layer = time.perf_counter(), loading.num_decoded
+        loading.layers[layer] = self._decoded(loading, layer)
+        loading.ready[layer].set()
+        loading.num_decoded += 1
+        self.stats.load_seconds += self.note("decode", loading.node, layer, begin)
+        if loading.num_decoded == len(loading.layers):
+            with self._change:
+                self._decoding = [other for other in self._decoding if other is not loading]
 
     def _sections(self, part: Part) -> Sequence[Bytes]:
         """The KV of every layer as it is stored, checked."""
@@ -243,7 +272,8 @@ class ChunkLoader:
         self.stats.read_bytes += sum(section.nbytes for section in sections)
         return sections
 
-    def _decoded(self, loading: LoadingNode, layer: int, places: PlacedKeys) -> tuple[Tensor, Tensor]:
+    def _decoded(self, loading: LoadingNode, layer: int) -> tuple[Tensor, Tensor]:
+        assert loading.places is not None
         shape, dtype = self._shapes.layers[layer], self._shapes.dtype
         keys, values = [], []
         for part, sections in zip(loading.parts, loading.sections):
@@ -255,4 +285,4 @@ class ChunkLoader:
             values.append(
                 codec.decode(data[end:], count, shape.heads, shape.value_dim, "value", dtype)[tokens]
             )
-        return places.apply(layer, torch.cat(keys)), torch.cat(values)
+        return loading.places.apply(layer, torch.cat(keys)), torch.cat(values)

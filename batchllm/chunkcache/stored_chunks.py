@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class StoredChunks:
         self._nodes, self._prompts, self._rule, self._model = nodes, prompts, rule, model
         self._runs: dict[int, tuple[IntArray, IntArray]] = {}  # begins and ends, in tokens of the node
         self._placed: list[_Placed] = []
+        self._computing_since = 0.0  # the layer before, for the trace
 
     def write_to(self, pool: Any) -> None:
         """See StoredKv.write_to."""
@@ -103,14 +105,18 @@ class StoredChunks:
     def write(self, layer: int) -> None:
         """See StoredKv.write."""
         assert self._pool is not None
+        if layer:
+            self.loader.note("compute", -1, layer - 1, self._computing_since)
         for placed in self._placed:
             key, value = (
                 placed.early[layer] if layer < len(placed.early) else self.loader.layer(placed.loading, layer)
             )
             self._pool.write(layer, placed.extent.offset + placed.slots, key, value)
+        self._computing_since = time.perf_counter()
 
     def end_step(self) -> None:
         """See StoredKv.end_step."""
+        self.loader.note("compute", -1, len(self._model.layers) - 1, self._computing_since)
         for placed in self._placed:
             self.loader.release(placed.loading)
         self._placed.clear()

@@ -20,6 +20,8 @@ _QUERIES = 128  # most queries of a tile and KV head: enough to make packing a b
 _NARROW = 32  # as in attention.c: keys that no more queries read come from memory for all heads at once
 _TILES = 4  # for each thread, where keys are mostly read by few
 
+Read = tuple[int, int, int, int, int]  # first row, last row, first slot, position of that slot, length
+
 
 def plan_tiles(
     chunks: Sequence[Chunk], shared_reads: Sequence[SharedRead], group: int, threads: int
@@ -35,7 +37,7 @@ def plan_tiles(
     token = np.repeat([chunk.first for chunk in ordered], count) + within
     position = np.repeat([chunk.position for chunk in ordered], count) + within
     row_of = first_rows(ordered)
-    reads = [_own(chunk, row_of[chunk.first]) for chunk in ordered]
+    reads = _joined([_own(chunk, row_of[chunk.first]) for chunk in ordered])
     for read in shared_reads:
         reads += [
             (*rows, read.extent.offset, read.start, read.length) for rows in row_ranges(read.chunks, row_of)
@@ -55,8 +57,21 @@ def _tile_rows(reads: NDArray[np.int64], group: int, threads: int) -> int:
     return min(most, -(-rows // (_TILES * threads)))
 
 
-def _own(chunk: Chunk, row: int) -> tuple[int, int, int, int, int]:
+def _own(chunk: Chunk, row: int) -> Read:
     return row, row + chunk.count, chunk.extent.offset, chunk.node_start, chunk.held_before + chunk.count
+
+
+def _joined(reads: list[Read]) -> list[Read]:
+    """Neighbouring rows that read one stretch read it once, up to where the last of them needs it: a node of which
+    scattered tokens are computed (see stored_kv) has many short chunks, and positions say what each row sees."""
+    found: list[Read] = []
+    for read in reads:
+        if found and found[-1][1:3] == read[:1] + read[2:3]:
+            first, _, slot, start, length = found[-1]
+            found[-1] = (first, read[1], slot, start, max(length, read[4]))
+        else:
+            found.append(read)
+    return found
 
 
 def _tile_bounds(count: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
