@@ -1,12 +1,12 @@
 """Answers with stored chunks against full computation: the example model on passages that recur in other company.
 
-    python -m benchmarks.chunk_quality --sets 60
+    python -m benchmarks.chunk_quality --sets 30 --seeds 11,12
 
 Held-out document sets of the example model's generator. Each question is a row: the passages of its set and strangers
 from another set, in an order of its own (notes stay behind the passage that says who speaks them). Before, the passages
-of two sets at a time are shuffled, dealt into other prompts, and computed there, four times: two of them are what the
-store holds, all of them say what depends on the context. So no row finds its passages in the order or company they were
-computed in, and notes were often computed after another speaker's introduction.
+of two sets at a time are shuffled, dealt into other prompts, and computed there, several times: two of them are what
+the store holds, all of them say what depends on the context. So no row finds its passages in the order or company they
+were computed in, and notes were often computed after another speaker's introduction.
 
 Compute is tokens run through the model, as a share of all prompt tokens; a token run through half of the layers counts
 half.
@@ -245,25 +245,28 @@ def rules(cases: Sequence[Case]) -> dict[str, tuple[str, RepairRule | None]]:
 
 
 @click.command()
-@click.option("--sets", "num_sets", default=60, help="document sets")
-@click.option("--deals", default=4, help="contexts that each passage is computed in")
+@click.option("--sets", "num_sets", default=30, help="document sets of each seed")
+@click.option("--deals", default=8, help="contexts that each passage is computed in")
 @click.option("--alone", is_flag=True, help="store each passage as computed without others")
-@click.option("--seed", default=11)
+@click.option("--seeds", default="11,12")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=None, help="default: results/DATE-chunk-quality.json"
 )
-def main(num_sets: int, deals: int, alone: bool, seed: int, out: Path | None) -> None:
+def main(num_sets: int, deals: int, alone: bool, seeds: str, out: Path | None) -> None:
     """Prints a table of rules and budgets."""
     model = load_model(str(_EXAMPLES / "model"), "float32")
     rotation, tokens = find_rotation(model), Tokens()
-    rows, sets = make_rows(num_sets, seed)
     with torch.inference_mode():
-        store = make_store(model, rotation, tokens, sets, deals, seed, alone)
-        cases = [place(row, tokens, store) for row in rows]
+        cases, passages = [], 0
+        for seed in map(int, seeds.split(",")):
+            rows, sets = make_rows(num_sets, seed)
+            store = make_store(model, rotation, tokens, sets, deals, seed, alone)
+            cases += [place(row, tokens, store) for row in rows]
+            passages += len(store)
         shares = [fix_share(chunk.stored, chunk.before) for case in cases for chunk in case.placed]
         prefix = prefix_cache_share(cases)
         click.echo(
-            f"{len(rows)} rows, {len(store)} passages, {sum(len(c.prompt.tokens) for c in cases):,} prompt tokens; "
+            f"{len(cases)} rows, {passages} passages, {sum(len(c.prompt.tokens) for c in cases):,} prompt tokens; "
             f"fix share {np.mean(shares):.2f}; a prefix cache computes {prefix:.1%}"
         )
         click.echo("| | single | two | coref | all | of full | same answer | computed | than prefix cache |")
@@ -284,7 +287,14 @@ def main(num_sets: int, deals: int, alone: bool, seed: int, out: Path | None) ->
                 f"{row['of_full']} | {row['same_answer']} | {row['computed']:.3f} | {row['computed'] / prefix:.3f} |"
             )
     target = out or _RESULTS / f"{date.today().isoformat()}-chunk-quality.json"
-    result = {"date": date.today().isoformat(), "rows": len(rows), "prefix_cache": prefix, "results": report}
+    result = {
+        "date": date.today().isoformat(),
+        "rows": len(cases),
+        "seeds": seeds,
+        "contexts": deals,
+        "prefix_cache": prefix,
+        "results": report,
+    }
     target.write_text(json.dumps(result, indent=2) + "\n")
     click.echo(f"written to {target}")
 

@@ -1,12 +1,14 @@
 """A RAG job on this machine: stored chunks against our own prefix caching, and against vLLM's CPU build.
 
-    python -m benchmarks.rag --pairs 3 --engines vllm
+    python -m benchmarks.rag --pairs 3 --engines vllm --trace trace.jsonl
 
-Rows show a few passages of a corpus in an order of their own, popular ones more often (Zipf), so prefixes are hardly
-shared. Prompts are token ids; outputs have a fixed length and are greedy. `prefix` is BatchLLM without a store, which
-computes every shared prefix once; `repair` and `naive` place stored passages. Runs alternate; all are from an empty KV
-pool, the store is on disk. What `batchllm precompute` would take for the corpus is reported beside it. With `--trace`
-the work of the loader, and where it was waited for, is written as JSON lines (what, node, layer, begin, end).
+Rows show a few passages of a corpus (100 to 300 tokens each) in an order of their own, popular ones more often (Zipf),
+so prefixes are hardly shared. Before, the passages were shuffled and dealt into other prompts, and computed there: no
+row finds them in the order or company they were computed in. Prompts are token ids; outputs have a fixed length and are
+greedy. `prefix` is BatchLLM without a store, which computes every shared prefix once; `repair` and `naive` place stored
+passages. Runs alternate; all begin with an empty KV pool, and the store is on disk. What making the store took is
+reported beside them; with `--store` it is kept for the next call. With `--trace` what the loader and the model did is
+written as JSON lines (see `load_overlap`).
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
 import numpy as np
+import torch
 
 from batchllm.chunk_precompute import Precompute
 from batchllm.chunk_reuse import ChunkReuse
@@ -28,7 +34,7 @@ from batchllm.chunkcache.key_rotation import find_rotation
 from batchllm.chunkcache.loader import LoadEvent
 from batchllm.chunkcache.lookup import ChunkLookup
 from batchllm.chunkcache.store import ChunkStore
-from batchllm.core import ChunkTable, PromptTable, RequestTable, SamplingParams
+from batchllm.core import ChunkTable, IntArray, PromptTable, RequestTable, SamplingParams
 from batchllm.executor.engine import Engine, EngineOptions
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.ready_model import load_ready_model
@@ -37,6 +43,7 @@ from batchllm.job import ChunksSpec
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.report.progress import Progress
 from batchllm.reuse_quality import stored_chunks_for
+from benchmarks import load_overlap
 from benchmarks.engines import Interpreters, Workers, save_workload
 from benchmarks.model import kv_bytes_per_token, make_model
 from benchmarks.worker import Settings
@@ -49,47 +56,96 @@ _STEP_TOKENS = 2048
 MODES = ("prefix", "repair", "naive")
 
 
-def make_rows(rows: int, passages: int, tokens: int, shown: int, seed: int) -> tuple[Workload, ChunkTable]:
-    """Prompts of a lead, `shown` of the passages and a question each."""
+@dataclass(frozen=True)
+class Rag:
+    """Prompts, and where in them the passages are."""
+
+    prompts: list[list[int]]
+    chunks: ChunkTable
+
+
+def make_corpus(passages: int, tokens: int, seed: int) -> list[IntArray]:
+    """Passages of `tokens` tokens on average, half as many to one and a half times as many."""
     rng = np.random.default_rng(seed)
-    corpus = rng.integers(5, 500, (passages, tokens))
-    popular = 1 / np.arange(1, passages + 1)
-    lead = rng.integers(5, 500, _LEAD)
-    prompts = []
-    for _ in range(rows):
-        chosen = rng.choice(passages, shown, replace=False, p=popular / popular.sum())
-        prompts.append([*lead, *corpus[chosen].ravel(), *rng.integers(5, 500, _QUESTION)])
-    begin = _LEAD + np.tile(np.arange(shown) * tokens, rows)
-    chunks = ChunkTable(np.arange(rows + 1) * shown, begin, begin + tokens)
-    return Workload("rag", [list(map(int, prompt)) for prompt in prompts], 0), chunks
+    return [rng.integers(5, 500, size) for size in rng.integers(tokens // 2, tokens * 3 // 2 + 1, passages)]
+
+
+def ask(corpus: list[IntArray], rows: int, shown: int, seed: int) -> Rag:
+    """Rows of a lead, `shown` of the passages and a question each."""
+    rng = np.random.default_rng(seed)
+    popular = 1 / np.arange(1, len(corpus) + 1)
+    return _rag(
+        corpus, [rng.choice(len(corpus), shown, False, popular / popular.sum()) for _ in range(rows)], seed
+    )
+
+
+def deal(corpus: list[IntArray], contexts: int, shown: int, seed: int) -> Rag:
+    """Prompts in which every passage stands in so many contexts."""
+    rng = np.random.default_rng(seed)
+    hands = [
+        order[low : low + shown]
+        for order in (rng.permutation(len(corpus)) for _ in range(contexts))
+        for low in range(0, len(corpus), shown)
+    ]
+    return _rag(corpus, hands, seed)
+
+
+def _rag(corpus: list[IntArray], shown: Sequence[IntArray], seed: int) -> Rag:
+    lead = np.random.default_rng(0).integers(5, 500, _LEAD)
+    rng = np.random.default_rng([seed, 1])
+    prompts, ptr, begins, ends = [], [0], [], []
+    for chosen in shown:
+        passages = [corpus[number] for number in chosen]
+        end = _LEAD + np.cumsum([len(passage) for passage in passages])
+        begins += [_LEAD, *end[:-1].tolist()]
+        ends += end.tolist()
+        ptr.append(len(ends))
+        question = rng.integers(5, 500, _QUESTION)
+        prompts.append(np.concatenate([lead, *passages, question]).tolist())
+    return Rag(prompts, ChunkTable(np.array(ptr), np.array(begins), np.array(ends)))
+
+
+def _prompt_table(prompts: list[list[int]], max_tokens: int) -> PromptTable:
+    offsets = np.cumsum([0, *map(len, prompts)]).astype(np.int64)
+    tokens = np.concatenate([np.array(prompt, dtype=np.int32) for prompt in prompts])
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return PromptTable(tokens, offsets, (params,), np.zeros(len(prompts), np.int32), {})
 
 
 class Ours:
     """BatchLLM on one model and one set of rows."""
 
-    def __init__(self, model: ModelRunner, workload: Workload, chunks: ChunkTable, place: Path, share: float):
-        self.model, self.chunks, self.place, self.share = model, chunks, place, share
-        params = SamplingParams(max_tokens=workload.max_tokens, ignore_eos=True)
-        count = len(workload.prompts)
-        offsets = np.cumsum([0, *map(len, workload.prompts)]).astype(np.int64)
-        tokens = np.concatenate([np.array(prompt, dtype=np.int32) for prompt in workload.prompts])
-        self.prompts = PromptTable(tokens, offsets, (params,), np.zeros(count, np.int32), {})
+    def __init__(self, model: ModelRunner, asked: Rag, max_tokens: int, place: Path, share: float):
+        self.model, self.chunks, self.place, self.share = model, asked.chunks, place, share
+        self.prompts = _prompt_table(asked.prompts, max_tokens)
+        count = len(asked.prompts)
         keys = np.random.default_rng(0).integers(0, 2**63, (count, 2)).astype(np.uint64)
         self.requests = RequestTable(np.arange(count), np.zeros(count, np.int32), keys)
         self.rotation = find_rotation(model)
 
-    def precompute(self) -> dict[str, float]:
-        started = time.perf_counter()
+    def precompute(self, dealt: Rag, contexts: int) -> dict[str, float]:
+        """Makes the store, unless it is there; what that took."""
+        notes = self.place.with_suffix(".json")
+        if notes.exists():
+            found: dict[str, float] = json.loads(notes.read_text())
+            return found
+        started, cpu = time.perf_counter(), time.process_time()
         with ChunkStore(self.place, _IDENTITY, write=True, durable=False) as store:
             codec = codec_named("raw", self.model.dtype)
-            work = Precompute(self.model, store, codec, self.prompts, self.chunks, 1, 1)
-            found = work.run(Progress(quiet=True))
-            return {
+            prompts = _prompt_table(dealt.prompts, 1)
+            work = Precompute(self.model, store, codec, prompts, dealt.chunks, 1, contexts)
+            made = work.run(Progress(quiet=True))
+            figures = {
                 "seconds": time.perf_counter() - started,
-                "tokens": found.tokens_computed,
-                "chunks": found.chunks,
+                "cpu_seconds": time.process_time() - cpu,
+                "threads": torch.get_num_threads(),
+                "contexts": contexts,
+                "tokens": made.tokens_computed,
+                "chunks": made.chunks,
                 "bytes": store.used_bytes(),
             }
+        notes.write_text(json.dumps(figures))
+        return figures
 
     def run(self, mode: str, trace: list[LoadEvent] | None) -> dict[str, Any]:
         """Seconds from the rows to the last token; planning included, loading the model not."""
@@ -125,16 +181,19 @@ class Ours:
 
 
 @click.command()
-@click.option("--rows", default=120)
-@click.option("--passages", default=150)
-@click.option("--passage-tokens", default=256)
+@click.option("--rows", default=60)
+@click.option("--passages", default=48)
+@click.option("--passage-tokens", default=200, help="on average")
 @click.option("--shown", default=5, help="passages of a row")
-@click.option("--output-tokens", default=16)
-@click.option("--share", default=0.15, help="of reused tokens that `repair` computes again")
+@click.option("--output-tokens", default=24)
+@click.option("--share", default=0.2, help="of reused tokens that `repair` computes again")
+@click.option("--contexts", default=4, help="that each passage is precomputed in")
 @click.option("--pairs", default=3, help="runs of each")
+@click.option("--modes", default=",".join(MODES))
 @click.option("--engines", default="", help="vllm, or nothing")
 @click.option("--model", "model_name", default="llama-168m")
 @click.option("--vllm-python", envvar="BATCHLLM_VLLM_PYTHON", default=None)
+@click.option("--store", type=click.Path(path_type=Path), default=None, help="kept for the next call")
 @click.option(
     "--trace", type=click.Path(path_type=Path), default=None, help="JSON lines of the last repaired run"
 )
@@ -146,51 +205,80 @@ def main(
     shown: int,
     output_tokens: int,
     share: float,
+    contexts: int,
     pairs: int,
+    modes: str,
     engines: str,
     model_name: str,
     vllm_python: str | None,
+    store: Path | None,
     trace: Path | None,
     out: Path | None,
 ) -> None:
     """Prints seconds, and throughput against prefix caching."""
-    made, chunks = make_rows(rows, passages, passage_tokens, shown, seed=0)
-    workload = Workload("rag", made.prompts, output_tokens, model=model_name)
-    report: dict[str, Any] = {"date": date.today().isoformat(), "rows": rows, "runs": {}}
+    corpus = make_corpus(passages, passage_tokens, seed=0)
+    asked = ask(corpus, rows, shown, seed=1)
+    workload = Workload("rag", asked.prompts, output_tokens, model=model_name)
+    report: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "rows": rows,
+        "passages": passages,
+        "shown": shown,
+        "output_tokens": output_tokens,
+        "share": share,
+        "prompt_tokens": workload.prompt_tokens,
+        "threads": torch.get_num_threads(),
+        "runs": {},
+    }
+    events: list[LoadEvent] = []
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         folder = make_model(scratch / "model", model_name)
         model = load_ready_model(str(folder))
-        ours = Ours(model, workload, chunks, scratch / "store", share)
-        report["precompute"] = ours.precompute()
+        ours = Ours(model, asked, output_tokens, store or scratch / "store", share)
+        report["precompute"] = ours.precompute(deal(corpus, contexts, shown, seed=2), contexts)
         click.echo(f"precompute: {report['precompute']}")
         path = save_workload(workload, scratch)
         settings = Settings(str(folder), KV_BYTES, 4096)
-        events: list[LoadEvent] = []
         with Workers(Interpreters(vllm=vllm_python), scratch) as workers:
             for _ in range(pairs):
-                for mode in MODES:
+                for mode in filter(None, modes.split(",")):
                     events = [] if mode == "repair" else events
-                    found = ours.run(mode, events if mode == "repair" else None)
+                    found = ours.run(mode, events if mode == "repair" and trace else None)
                     report["runs"].setdefault(mode, []).append(found)
+                    click.echo(f"{mode}: {found['seconds']:.2f} s")
                 for engine in filter(None, engines.split(",")):
                     other = workers.run(engine, settings, path)
                     report["runs"].setdefault(engine, []).append({"seconds": other.seconds, **other.figures})
-    best = {name: min(run["seconds"] for run in runs) for name, runs in report["runs"].items()}
-    for name, runs in report["runs"].items():
-        computed = runs[0].get("prompt_tokens_computed")
-        waited = runs[0].get("wait_seconds", 0.0)
-        click.echo(
-            f"{name}: {best[name]:.2f} s, {best['prefix'] / best[name]:.2f} times prefix caching; "
-            f"computed {computed} of {workload.prompt_tokens:,} prompt tokens; waited {waited:.3f} s, "
-            f"loader worked {runs[0].get('load_seconds', 0.0):.3f} s"
-        )
-    report["prompt_tokens"] = workload.prompt_tokens
+                    click.echo(f"{engine}: {other.seconds:.2f} s")
+                _write(report, out)  # what there is, should a later run be cut off
+    _say(report)
     if trace is not None:
         trace.write_text("".join(json.dumps(event._asdict()) + "\n" for event in events))
-    target = out or _RESULTS / f"{date.today().isoformat()}-rag.json"
+        report["loading"] = load_overlap.overlap([event._asdict() for event in events])
+    click.echo(f"written to {_write(report, out)}")
+
+
+def _say(report: dict[str, Any]) -> None:
+    seconds = {name: median(run["seconds"] for run in runs) for name, runs in report["runs"].items()}
+    for name, runs in report["runs"].items():
+        ratios = [
+            f"{seconds[other] / seconds[name]:.2f} times {other}"
+            for other in ("prefix", "vllm")
+            if other in seconds
+        ]
+        computed = runs[0].get("prompt_tokens_computed", "?")
+        click.echo(
+            f"{name}: {seconds[name]:.2f} s (median), {', '.join(ratios)}; computed {computed} of "
+            f"{report['prompt_tokens']:,} prompt tokens; waited {runs[0].get('wait_seconds', 0.0):.3f} s for the "
+            f"loader, which worked {runs[0].get('load_seconds', 0.0):.3f} s"
+        )
+
+
+def _write(report: dict[str, Any], out: Path | None) -> Path:
+    target = out or _RESULTS / f"{report['date']}-rag.json"
     target.write_text(json.dumps(report, indent=1) + "\n")
-    click.echo(f"written to {target}")
+    return target
 
 
 if __name__ == "__main__":

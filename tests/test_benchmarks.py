@@ -231,7 +231,7 @@ def test_evals_scores_as_the_harness_does(tmp_path: Path) -> None:
 
 
 def test_rag_benchmark_runs_small(tmp_path: Path) -> None:
-    from benchmarks import rag
+    from benchmarks import load_overlap, rag
 
     small = (
         "--rows 6 --passages 6 --passage-tokens 24 --shown 2 --output-tokens 2 --pairs 1 --model tiny-float32"
@@ -243,4 +243,25 @@ def test_rag_benchmark_runs_small(tmp_path: Path) -> None:
     runs = json.loads(out.read_text())["runs"]
     computed = {mode: runs[mode][0]["prompt_tokens_computed"] for mode in ("prefix", "repair", "naive")}
     assert computed["naive"] < computed["repair"] < computed["prefix"]
-    assert {json.loads(line)["what"] for line in trace.read_text().splitlines()} >= {"read", "decode"}
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert {event["what"] for event in events} >= {"read", "decode", "compute"}
+    steps = load_overlap.steps_of(events)
+    assert len(steps) == runs["repair"][0]["steps"]
+    assert all([event["layer"] for event in step] == [0, 1, 2] for step in steps)
+    assert load_overlap.table(events) and load_overlap.timeline(events, 0, 2)
+
+
+def test_hidden_loading_is_what_the_model_does_not_wait_for() -> None:
+    from benchmarks.load_overlap import overlap
+
+    times = [
+        ("decode", 0.0, 2.0),
+        ("decode", 2.0, 4.0),
+        ("wait", 0.0, 1.0),
+        ("compute", 1.5, 3.0),
+        ("read", 9.0, 10.0),
+    ]
+    events = [{"what": what, "node": 0, "layer": 0, "begin": begin, "end": end} for what, begin, end in times]
+    found = overlap(events)
+    assert found["loading"] == 5 and found["while_layers_compute"] == 1.5
+    assert found["while_waited_for"] == 1 and found["hidden_share"] == 0.8

@@ -187,7 +187,7 @@ class ChunkLoader:
                     self._decoding = [other for other in self._decoding if other is not loading]
 
     def _next(self) -> tuple[Callable[[LoadingNode], None], LoadingNode] | None:
-        """What to do next: to read what the scheduler waits for; to decode a layer; to read the next node of the plan if
+        """What to do next: read what the scheduler waits for, decode a layer, or read the next node of the plan, if
         there is room. None: closed."""
         with self._change:
             while not self._closed:

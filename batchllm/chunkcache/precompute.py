@@ -42,6 +42,7 @@ class ComputedChunk:
     tokens: TokenArray
     context: ChunkContext
     statistics: ChunkStatistics
+    looked_at: NDArray[np.float32]  # [tokens] attention from other tokens of its prompt, in the last layers
     keys: list[Tensor]  # by layer [tokens, heads, dim], before RoPE
     values: list[Tensor]
 
@@ -91,6 +92,7 @@ def compute_chunks(
             prompt.chunk_tokens(index),
             prompt.context(index, keys),
             observed.statistics(index),
+            observed.looked_at(index),
             [key[begin:stop].clone() for key in unturned],
             [value[begin:stop].clone() for value in kv.values],
         )
@@ -99,10 +101,12 @@ def compute_chunks(
 
 
 def sensitivity(computed: Sequence[ComputedChunk]) -> NDArray[np.float32]:
-    """[tokens] how much the K of each token depends on the context: 0 for all if there is only one.
+    """[tokens] how much it matters that the K of each token depends on the context: 0 for all if there is only one.
 
     `computed`: one chunk in several contexts. The squared difference of K before RoPE, over that of K, averaged over
-    pairs of contexts and the second half of the layers: what a context changes builds up from layer to layer.
+    pairs of contexts and the second half of the layers (what a context changes builds up from layer to layer), times
+    the attention that the token gets from others: the first tokens of a chunk come out differently everywhere, and
+    what nobody looks at needs no repair.
     """
     first, num_layers = computed[0], len(computed[0].keys)
     total = torch.zeros(len(first.tokens), dtype=torch.float32)
@@ -113,7 +117,8 @@ def sensitivity(computed: Sequence[ComputedChunk]) -> NDArray[np.float32]:
             key, other_key = one.keys[layer].float(), other.keys[layer].float()
             difference = (key - other_key).square().sum(dim=(1, 2))
             total += (difference / key.square().sum(dim=(1, 2)).mean().clamp_min(1e-30)).cpu()
-    found: NDArray[np.float32] = (total / max(1, len(pairs) * len(late))).numpy()
+    looked_at = np.mean([each.looked_at for each in computed], axis=0)
+    found: NDArray[np.float32] = (total / max(1, len(pairs) * len(late))).numpy() * looked_at
     return found
 
 
@@ -148,9 +153,23 @@ class _AttentionSums:
         for index, (begin, stop) in enumerate(prompt.chunks):
             self._within[begin:stop, index] = 1
         self._to_chunk = torch.zeros(end, len(prompt.chunks))
+        self._from_others = torch.zeros(end)  # of the last quarter of the layers
 
-    def add(self, layer: int, weights: Tensor) -> None:
-        self._to_chunk += torch.matmul(weights.mean(dim=0).cpu(), self._within) / self._num_layers
+    def add(self, layer: int, first: int, weights: Tensor) -> None:
+        """`weights` [Hq, queries, keys] of the tokens from `first` on."""
+        mean = weights.mean(dim=0).cpu()
+        queries, keys = mean.shape
+        self._to_chunk[first : first + queries] += torch.matmul(mean, self._within[:keys]) / self._num_layers
+        if 4 * (self._num_layers - layer) <= max(4, self._num_layers):
+            own = mean.diagonal(offset=first)
+            self._from_others[:keys] += mean.sum(dim=0)
+            self._from_others[first : first + queries] -= own
+
+    def looked_at(self, index: int) -> NDArray[np.float32]:
+        """[tokens of the chunk]"""
+        begin, stop = self._chunks[index]
+        found: NDArray[np.float32] = self._from_others[begin:stop].numpy().copy()
+        return found
 
     def statistics(self, index: int) -> ChunkStatistics:
         begin, stop = self._chunks[index]

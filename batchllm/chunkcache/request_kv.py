@@ -15,7 +15,9 @@ from torch import Tensor
 from batchllm.executor.forward_context import attention_of
 from batchllm.executor.model import ModelRunner
 
-Observer = Callable[[int, Tensor], None]  # layer, weights [Hq, queries, keys]
+# Layer, number of the first query, weights [Hq, queries, keys]: some of the queries, no keys after the last of them.
+Observer = Callable[[int, int, Tensor], None]
+_QUERIES = 256  # at a time: of all queries, half of the scores are of keys that are hidden
 
 
 class RequestKv:
@@ -95,18 +97,31 @@ class _ScatteredAttention:
         keys, values = self._kv.keys[layer], self._kv.values[layer]
         keys[self._positions] = key.transpose(0, 1)
         values[self._positions] = value.transpose(0, 1)
-        scores = _scores(query, keys[: self._end], scale, softcap)
-        scores.masked_fill_(_hidden(self._positions, self._end, window), float("-inf"))
-        weights = _softmax(scores, sinks)
-        if self._observe is not None:
-            self._observe(layer, weights)
+        if layer == self._last_layer and self._observe is None:
+            raise _Stopped
+        known, worth = keys[: self._end].float(), values[: self._end].float()
+        output = query.new_empty(query.shape[1], query.shape[0], values.shape[-1])
+        for first in range(0, query.shape[1], _QUERIES):
+            rows = slice(first, first + _QUERIES)
+            positions = self._positions[rows]
+            end = int(positions[-1]) + 1
+            scores = _scores(query[:, rows], known[:end], scale, softcap)
+            scores.masked_fill_(_hidden(positions, end, window), float("-inf"))
+            weights = _softmax(scores, sinks)
+            if self._observe is not None:
+                self._observe(layer, first, weights)
+            output[rows] = _weighted(weights, worth[:end]).to(query.dtype)
         if layer == self._last_layer:
             raise _Stopped
-        heads, count, _ = weights.shape
-        kv_heads = values.shape[1]
-        grouped = weights.view(kv_heads, heads // kv_heads * count, self._end)
-        output = torch.matmul(grouped, values[: self._end].transpose(0, 1).float())
-        return output.view(heads, count, -1).transpose(0, 1).to(query.dtype)
+        return output
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """weights [Hq, n, L], values [L, Hkv, D] → [n, Hq, D]."""
+    heads, count, length = weights.shape
+    kv_heads = values.shape[1]
+    grouped = weights.view(kv_heads, heads // kv_heads * count, length)
+    return torch.matmul(grouped, values.transpose(0, 1)).view(heads, count, -1).transpose(0, 1)
 
 
 def _scores(query: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
