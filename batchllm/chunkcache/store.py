@@ -39,7 +39,7 @@ from batchllm.chunkcache.store_index import (
     write_index,
 )
 from batchllm.core import TokenArray
-from batchllm.durable import sync_folder
+from batchllm.durable import WriteFailed, sync_folder
 from batchllm.errors import OutputError
 from batchllm.file_lock import FileLock
 
@@ -51,7 +51,7 @@ class StoreError(OutputError):
     """The folder is not a chunk store, or another process is writing it."""
 
 
-class StoreWriteFailed(StoreError):
+class StoreWriteFailed(StoreError, WriteFailed):
     """The disk is full or refuses to be written. What is in the store stays as it is."""
 
 

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from batchllm.chunk_precompute import Precompute
-from batchllm.chunkcache.chunk_file import EncodedLayer
+from batchllm.chunkcache.chunk_file import ChunkStatistics, EncodedLayer
 from batchllm.chunkcache.codecs import CODEC_NAMES, codec_named
 from batchllm.chunkcache.host_tier import HostTier
+from batchllm.chunkcache.identity import chunk_context
 from batchllm.chunkcache.key_rotation import KeyRotation, find_rotation
 from batchllm.chunkcache.loader import ChunkLoader, KvShapes, LoadEvent
 from batchllm.chunkcache.lookup import ChunkLookup
 from batchllm.chunkcache.node_chunks import NodeChunks
-from batchllm.chunkcache.precompute import ChunkedPrompt, decode_layer
+from batchllm.chunkcache.precompute import ChunkedPrompt, ComputedChunk, decode_layer, sensitivity
 from batchllm.chunkcache.reuse import decode_greedy, prefill
 from batchllm.chunkcache.rules import (
     FirstTokensRule,
@@ -291,8 +292,12 @@ def test_loading_is_ahead_of_use_and_seen_in_the_trace(worlds: dict[str, World])
     trace: list[LoadEvent] = []
     run_engine(worlds["llama"], ASKED, None, trace=trace, max_step_tokens=8)
     decoded = [event for event in trace if event.what == "decode"]
-    assert {event.layer for event in decoded} == {0, 1, 2}
-    assert [event.node for event in decoded] == sorted(event.node for event in decoded)
+    begun = [event.node for event in decoded if event.layer == 0]
+    assert begun == sorted(begun)
+    for node in begun:
+        assert [event.layer for event in decoded if event.node == node] == [0, 1, 2]
+    computed = [event.layer for event in trace if event.what == "compute"]
+    assert computed == [0, 1, 2] * (len(computed) // 3) and computed
 
 
 def test_precompute_stores_each_chunk_in_so_many_contexts_and_adds_only_what_is_missing(
@@ -312,6 +317,21 @@ def test_precompute_stores_each_chunk_in_so_many_contexts_and_adds_only_what_is_
         tokens = np.array(passage(1), dtype=np.int32)
         file = store.open(store.find(tokens)[0].name, tokens)
         assert file is not None and file.header.statistics.sensitivity.any()
+
+
+def test_tokens_that_nobody_looks_at_are_not_sensitive():
+    """Of two tokens that differ as much from context to context, the one that others look at is the one to repair."""
+    tokens = np.arange(2, dtype=np.int32)
+    context = chunk_context(tokens, [])
+    statistics = ChunkStatistics(*(np.zeros(size, np.float32) for size in (2, 2, 0)), 0.0, 0.0)
+    looked_at = np.array([0.0, 3.0], dtype=np.float32)
+    variants = [
+        ComputedChunk(tokens, context, statistics, looked_at, [torch.full((2, 1, 4), value)], [])
+        for value in (1.0, 2.0)
+    ]
+    found = sensitivity(variants)
+    assert found[0] == 0 < found[1]
+    assert not sensitivity(variants[:1]).any()
 
 
 def test_scattered_rows_are_the_same_however_steps_divide_them(worlds: dict[str, World]):

@@ -106,6 +106,20 @@ def test_rows_that_share_little_make_small_tiles_and_sharing_ones_large_tiles() 
     assert widest(shared=16, own=100) == 8  # four tiles for each of two threads
 
 
+def test_scattered_tokens_of_a_node_read_it_once() -> None:
+    """Tokens computed between stored ones are chunks of their own, and see one stretch up to their positions."""
+    node, other = Extent(100, 50), Extent(200, 50)
+    places = [(node, 3), (node, 7), (other, 9), (node, 30), (other, 12)]
+    chunks = [Chunk(first, 1, place, 0, extent) for first, (extent, place) in enumerate(places)]
+    reads = plan_tiles(chunks, [], 32, 1)
+    found = {(low, high): (slot, length) for low, high, slot, _, length in reads.segments.tolist()}
+    assert sorted(found.values()) == [(100, 31), (200, 13)]
+    assert sorted(high - low for low, high in found) == [2, 3]
+    for (low, high), (slot, _) in found.items():
+        tokens = reads.token[low:high].tolist()
+        assert tokens == [token for token, (extent, _) in enumerate(places) if extent.offset == slot]
+
+
 def test_a_step_without_logits_has_no_tiles() -> None:
     reads = plan_tiles([], [], 4, 2)
     assert len(reads.tile_first) == 1 and reads.segments.shape == (0, 5)
