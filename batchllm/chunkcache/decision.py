@@ -12,8 +12,8 @@ order, needs little repair:
 and the tokens to compute again are the `fix share` of the chunk that looked outside most (eq. 14).
 
 Looking outside does not mean depending on it. Where a chunk has been computed in several contexts, it is known which of
-its tokens came out differently (`sensitivity`), and those are the ones to repair: of all chunks of a prompt together,
-since most chunks depend on nothing and a few on much. Pure functions.
+its tokens came out differently, and how much others look at these (`sensitivity`); those are the ones to repair: of all
+chunks of a prompt together, since most chunks depend on nothing and a few on much. Pure functions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StoredContext:
     chunks: tuple[bytes, ...]  # keys of the chunks it was computed after, in order
     weights: FloatArray  # [chunks] attention that the chunk gave to each of them
     outside: FloatArray  # [tokens] attention that each token gave to all of them
-    sensitivity: FloatArray  # [tokens] how differently its K came out in other contexts
+    sensitivity: FloatArray  # [tokens] how differently its K came out in other contexts, times who looks at it
     outside_mean: float
     inside_mean: float
 
