@@ -80,6 +80,8 @@ def timeline(events: Sequence[dict[str, Any]], first: int, count: int) -> list[s
     """Steps as lines of text, one character for a stretch of time: what was computed, waited for, and loaded."""
     steps = steps_of(events)[first : first + count]
     begin, end = steps[0][0]["begin"], steps[-1][-1]["end"]
+    if first == 0:  # what the first step needs is fetched before it
+        begin = min(event["begin"] for event in events)
     edges = np.linspace(begin, end, _WIDTH + 1)
     rows = [("layers", spans(events, "compute"), "#"), ("waiting", spans(events, "wait"), "w")]
     rows += [("reading", spans(events, "read"), "r"), ("decoding", spans(events, "decode"), "d")]
