@@ -7,14 +7,13 @@ extent each time and never kept.
 
 from __future__ import annotations
 
-import mmap
 from bisect import insort
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,8 +67,8 @@ class KvPool:
         self.layers = tuple(layers)
         self.capacity = capacity
         self.dtype = dtype
-        self.keys = [_lazy_zeros(capacity, layer, dtype) for layer in layers]
-        self.values = [_lazy_zeros(capacity, layer, dtype) for layer in layers]
+        self.keys = [_zeros(capacity, layer, dtype) for layer in layers]
+        self.values = [_zeros(capacity, layer, dtype) for layer in layers]
         self.used = 0
         self.peak = 0
         self._extents: list[Extent] = []  # by offset
@@ -190,15 +189,6 @@ class KvWriter:
                 buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
 
 
-def _lazy_zeros(capacity: int, layer: LayerKv, dtype: torch.dtype) -> Tensor:
-    """Zeros that occupy no memory until written, unlike torch.zeros. In large pages where the system has them: they are
-    committed with fewer faults."""
-    size = capacity * layer.heads * layer.row_dim
-    length = max(1, size * dtype.itemsize)
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = mmap.mmap(-1, length)
-    else:  # private: shared memory, which is the default, has large pages on few systems
-        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=size).view(capacity, layer.heads, layer.row_dim)
+def _zeros(capacity: int, layer: LayerKv, dtype: torch.dtype) -> Tensor:
+    flat: Tensor = zeros_in_large_pages(capacity * layer.heads * layer.row_dim, dtype)
+    return flat.view(capacity, layer.heads, layer.row_dim)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
-from contextlib import suppress
 
 import torch
 from torch import Tensor
+
+from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 
 PANEL = 64  # outputs of a panel
 
@@ -29,7 +29,7 @@ def pack_panels(weight: Tensor) -> Tensor:
     """
     outputs, inputs = weight.shape
     panels = -(-outputs // PANEL)
-    packed = _large_pages(panels * PANEL * inputs // 2).view(panels, inputs // 2, PANEL)
+    packed = zeros_in_large_pages(panels * PANEL * inputs // 2, torch.int32).view(panels, inputs // 2, PANEL)
     pairs = weight.contiguous().view(torch.int32)
     whole = outputs // PANEL
     packed[:whole] = pairs[: whole * PANEL].view(whole, PANEL, inputs // 2).transpose(1, 2)
@@ -114,12 +114,3 @@ def _run(
         gated=gated,
     )
     kernels.batchllm_linear(ctypes.byref(product))
-
-
-def _large_pages(words: int) -> Tensor:
-    """int32 zeros, aligned to pages."""
-    memory = mmap.mmap(-1, max(1, 4 * words))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.int32, count=words)
