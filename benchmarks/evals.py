@@ -189,7 +189,19 @@ def _compared(
         }
         click.echo(f"{engine} {seconds:.1f} s, batchllm again {after:.1f} s: {ratio:.1f}x")
         before = after
+    _print_table(report, [engine for engine in engines if engine in report])
     return report
+
+
+def _print_table(report: dict[str, Any], engines: Sequence[str]) -> None:
+    """Our row has the mean of all our runs."""
+    ours = [seconds for engine in engines for seconds in report[engine]["our_seconds"]]
+    rows = [(engine, report[engine]["seconds"], f"{report[engine]['ratio']:.1f}x") for engine in engines]
+    if ours:
+        rows.append(("batchllm", sum(ours) / len(ours), ""))
+    click.echo(f"{'engine':10}{'seconds':>9}{'tokens/s':>10}{'ours is':>9}")
+    for name, seconds, ratio in rows:
+        click.echo(f"{name:10}{seconds:9.1f}{report['prompt_tokens'] / seconds:10,.0f}{ratio:>9}")
 
 
 def _hf(

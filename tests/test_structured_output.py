@@ -135,13 +135,13 @@ def test_masks_are_made_in_another_thread(llm: batchllm.LLM, monkeypatch: pytest
     import threading
 
     made: list[str] = []
-    forbidden = structure.StructureMasks._forbidden
+    forbidding = structure.StructureMasks._forbidding
 
-    def noted(self: Any, matchers: Any) -> Any:
+    def noted(self: Any, matchers: Any, memory: Any) -> Any:
         made.append(threading.current_thread().name)
-        return forbidden(self, matchers)
+        return forbidding(self, matchers, memory)
 
-    monkeypatch.setattr(structure.StructureMasks, "_forbidden", noted)
+    monkeypatch.setattr(structure.StructureMasks, "_forbidding", noted)
     answers(llm, [params(regex="[ab]{6}")] * 3)
     assert len(made) == 6 and all(name.startswith("structure") for name in made)
 
@@ -151,3 +151,30 @@ def test_masks_agree_with_the_matcher() -> None:
     matcher = compile_grammar(CoreParams(regex="a?"), vocabulary)
     bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
     assert np.flatnonzero(bits).tolist() == sorted([byte_tokenizer().encode("a")[0], EOS])
+
+
+def test_log_probabilities_are_those_of_the_models_own_logits(llm: batchllm.LLM) -> None:
+    """Masks are put into the logits themselves, where nobody reads them afterwards."""
+    asked = [params(logprobs=3, max_tokens=2, **limit) for limit in ({}, {"choice": ["qq", "zz"]})]
+    free, held = (output.outputs[0] for output in llm.generate(["Question: "] * 2, asked, use_tqdm=False))
+    assert held.text in ("qq", "zz")
+    for first, other in zip(free.top_logprobs[0], held.top_logprobs[0], strict=True):
+        assert first == pytest.approx(other, abs=1e-4)
+    assert held.logprobs[0] < -1  # among all tokens, not among two
+
+
+def test_memory_of_masks_is_used_again(llm: batchllm.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    forbidding = structure.StructureMasks._forbidding
+
+    def noted(self: Any, matchers: Any, memory: Any) -> Any:
+        used.append(memory.ctypes.data)
+        return forbidding(self, matchers, memory)
+
+    monkeypatch.setattr(structure.StructureMasks, "_forbidding", noted)
+    patterns = ["[ab]{9}", "[cd]{3}e", "[fg]{20}"] * 3
+    for pattern, answer in zip(
+        patterns, answers(llm, [params(regex=pattern, max_tokens=30) for pattern in patterns])
+    ):
+        assert re.fullmatch(pattern, answer.text)
+    assert len(used) == 20 and len(set(used)) <= 2

@@ -176,6 +176,7 @@ class Engine:
         keys = self._keys[[run.sequence for run in running]]
         ruled = self._ruled(rows, running)
         tokens = choose_tokens(ruled, params, keys, indices)
+        self._note_dead_ends(ruled, running, tokens)
         if self.structures is not None:
             self.structures.advance(running, tokens)
         self._forget_logits()
@@ -184,14 +185,19 @@ class Engine:
         return tokens, token_logprobs(rows, tokens) if wanted else None
 
     def _ruled(self, rows: Tensor, running: list[Running]) -> Tensor:
-        """The logits [n, V] that tokens are chosen from."""
+        """The logits [n, V] that tokens are chosen from. `rows` stay as they are where log-probabilities are wanted."""
         ruled = self.rules.apply(rows, running)
         if self.structures is not None:
-            ruled = self.structures.apply(ruled, running)
-        if ruled is not rows:
-            for row in torch.isneginf(ruled.amax(dim=-1)).nonzero().flatten().tolist():
-                self._dead_ends.add(running[row].sequence)
+            if ruled is rows and any(run.params.logprobs or run.params.top_logprobs for run in running):
+                ruled = rows.clone()
+            self.structures.apply(ruled, running)
         return ruled
+
+    def _note_dead_ends(self, ruled: Tensor, running: list[Running], tokens: np.ndarray) -> None:
+        """A token that must not come is chosen only where none may."""
+        chosen = ruled[torch.arange(len(tokens)), torch.from_numpy(tokens)]
+        for row in torch.isneginf(chosen).nonzero().flatten().tolist():
+            self._dead_ends.add(running[row].sequence)
 
     def _rows_of(self, samples: list[Sample], logits: Tensor) -> Tensor:
         """[n, V]; the logits themselves where they are in this order already, for a copy takes as long as sampling."""
