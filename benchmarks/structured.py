@@ -1,14 +1,14 @@
 """What sampling and structured output cost beside the model, at 128 rows.
 
     python -m benchmarks.structured --tokenizer ../shared/data/tokenizers/phi-3-mini
-    python -m benchmarks.structured --tokenizer ... --kinds json_schema,regex --pairs 5 --threads 2
+    python -m benchmarks.structured --tokenizer ... --kinds json_schema,regex --pairs 5
 
 A Llama of 168M parameters with the tokenizer's vocabulary and random weights; every row has a prompt of its own and
-decodes. Each kind runs in turn with rows that sample at the same temperature and ask for nothing else, so many times as
-there are pairs. Of the steps in which all rows decode: `overhead`, the mean step of the kind over that of plain rows in
-the same pair, less one, median over pairs, by the clock and by processor time (in which another process does not
-count, and the thread that makes masks does, wherever it runs); `outside`, everything but the model's forward pass as a
-share of the step. With more than one thread, run it on a quiet machine.
+decodes, on one thread, in processor time, so that other processes do not count. Each kind runs in turn with rows that
+sample at the same temperature and ask for nothing else, as many times as there are pairs. A step has three parts: the
+model, the engine's own thread beside it (`outside`), and what other threads do meanwhile, as making masks
+(`background`). `overhead` is what a kind adds to the last two, as a share of the plain step, the median over pairs. The
+model's part is left out of it: it differs by a tenth from run to run, whatever the rows ask for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -63,43 +63,57 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-class _TwoClocks(StepTrace):
-    """Processor time beside the clock's: `cpu` seconds of each step."""
+class _CpuTrace(StepTrace):
+    """Processor time of the engine's thread in place of the clock's, and that of all other threads by step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cpu: list[float] = []
-        self._cpu_mark = time.process_time()
+        self._mark = time.thread_time()
+        self.background: list[float] = []
+        self._all = self._others()
+
+    def lap(self, part: str) -> None:
+        now = time.thread_time()
+        self._seconds[part] += now - self._mark
+        self._mark = now
 
     def end_step(self, batch: StepBatch, **state: int) -> None:
         super().end_step(batch, **state)
-        now = time.process_time()
-        self.cpu.append(now - self._cpu_mark)
-        self._cpu_mark = now
+        now = self._others()
+        self.background.append(now - self._all)
+        self._all = now
+
+    @staticmethod
+    def _others() -> float:
+        return time.process_time() - time.thread_time()
 
 
 @dataclass(frozen=True)
 class Steps:
     """Means over the steps of one run in which nearly all rows decode, in seconds."""
 
-    clock: float
-    cpu: float
     parts: dict[str, float]
+    background: float
 
     @property
     def outside(self) -> float:
-        return 1 - self.parts["forward"] / self.clock
+        return sum(self.parts.values()) - self.parts["forward"]
+
+    @property
+    def whole(self) -> float:
+        return sum(self.parts.values()) + self.background
 
 
 def measure(llm: LLM, tokens: int, values: dict[str, Any]) -> Steps:
     prompts = [[5 + row, 9, 11, 7] * 4 for row in range(ROWS)]
     has_end = any(kind in values for kind in ("json_schema", "regex"))
-    llm.trace = trace = _TwoClocks()
+    llm.trace = trace = _CpuTrace()
     params = SamplingParams(max_tokens=tokens, ignore_eos=not has_end, **values)
     llm.generate(prompts, params, use_tqdm=False)
-    steps = [(step, cpu) for step, cpu in zip(trace.records, trace.cpu) if step.decode_tokens > 0.9 * ROWS]
+    together = zip(trace.records, trace.background, strict=True)
+    steps = [(step, others) for step, others in together if step.decode_tokens > 0.9 * ROWS]
     parts = {part: fmean(getattr(step, f"{part}_seconds") for step, _ in steps) for part in _PARTS}
-    return Steps(sum(parts.values()), fmean(cpu for _, cpu in steps), parts)
+    return Steps(parts, fmean(others for _, others in steps))
 
 
 @click.command()
@@ -107,13 +121,12 @@ def measure(llm: LLM, tokens: int, values: dict[str, Any]) -> Steps:
 @click.option("--tokens", default=12, show_default=True, help="Decoded by each row.")
 @click.option("--kinds", default=",".join(list(KINDS)), show_default=True)
 @click.option("--pairs", default=1, show_default=True)
-@click.option("--threads", default=1, show_default=True, help="Of torch.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=None, help="default: results/DATE-structured.json"
 )
-def main(tokenizer: Path, tokens: int, kinds: str, pairs: int, threads: int, out: Path | None) -> None:
+def main(tokenizer: Path, tokens: int, kinds: str, pairs: int, out: Path | None) -> None:
     """Prints a line for each kind and writes them to a file."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         llm = LLM(str(_save_model(Path(folder), tokenizer)), kv_memory="1GiB")
@@ -122,28 +135,30 @@ def main(tokenizer: Path, tokens: int, kinds: str, pairs: int, threads: int, out
             both = [(measure(llm, tokens, PLAIN), measure(llm, tokens, KINDS[name])) for _ in range(pairs)]
             lines.append({"kind": name, **_figures(both)})
             click.echo(json.dumps(lines[-1]))
-    about = {"date": date.today().isoformat(), "versions": versions(), "threads": threads, "pairs": pairs}
+    about = {"date": date.today().isoformat(), "versions": versions(), "pairs": pairs}
     target = out or _RESULTS / f"{about['date']}-structured.json"
     target.write_text(json.dumps({**about, "rows": ROWS, "kinds": lines}, indent=1) + "\n")
     click.echo(f"written to {target}")
 
 
 def _figures(pairs: Sequence[tuple[Steps, Steps]]) -> dict[str, Any]:
-    parts = {part: median(other.parts[part] for _, other in pairs) for part in _PARTS}
+    def middle(value: Callable[[Steps], float], which: int) -> float:
+        return round(1000 * median(value(pair[which]) for pair in pairs), 1)
+
+    added = [
+        round((other.outside + other.background - plain.outside - plain.background) / plain.whole, 4)
+        for plain, other in pairs
+    ]
     return {
-        "plain_step_ms": round(1000 * median(plain.clock for plain, _ in pairs), 1),
-        "step_ms": round(1000 * median(other.clock for _, other in pairs), 1),
-        "overhead_by_clock": _overhead([(plain.clock, other.clock) for plain, other in pairs]),
-        "overhead_by_cpu": _overhead([(plain.cpu, other.cpu) for plain, other in pairs]),
-        "outside_plain": round(median(plain.outside for plain, _ in pairs), 4),
-        "outside": round(median(other.outside for _, other in pairs), 4),
-        "parts_ms": {part: round(1000 * seconds, 1) for part, seconds in parts.items()},
+        "overhead": median(added),
+        "overhead_of_each_pair": added,
+        "plain_step_ms": middle(lambda steps: steps.whole, 0),
+        "step_ms": middle(lambda steps: steps.whole, 1),
+        "plain_outside_ms": middle(lambda steps: steps.outside, 0),
+        "outside_ms": middle(lambda steps: steps.outside, 1),
+        "background_ms": middle(lambda steps: steps.background, 1),
+        "sample_ms": middle(lambda steps: steps.parts["sample"], 1),
     }
-
-
-def _overhead(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    each = [round(other / plain - 1, 4) for plain, other in pairs]
-    return {"median": median(each), "pairs": each}
 
 
 _PARTS = ("schedule", "prepare", "forward", "sample", "absorb", "other")

@@ -130,6 +130,13 @@ def test_patterns_and_grammars_that_cannot_be_used(llm: batchllm.LLM) -> None:
     assert found[3].text == "x"
 
 
+def test_a_structure_that_is_too_large_is_named_and_others_go_on(llm: batchllm.LLM) -> None:
+    large, small = answers(llm, [params(regex="(a{1000}){1000}", max_tokens=9), params(regex="[ab]{6}")])
+    assert large.error is not None and large.error.startswith("generate.regex cannot be followed")
+    assert "\n" not in large.error and len(large.error) < 400
+    assert small.error is None and re.fullmatch("[ab]{6}", small.text)
+
+
 def test_masks_are_made_in_another_thread(llm: batchllm.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the next step is computed, and once for every token but the last."""
     import threading

@@ -263,6 +263,9 @@ class Engine:
         kind = run.params.structure
         if not kind or self.structures is None:
             return None
+        problem = self.structures.error(run)
+        if problem is not None:
+            return f"generate.{kind} cannot be followed, probably because it is too large: {problem}"
         if reason == "length":
             if self.structures.is_valid(run):
                 return None

@@ -68,10 +68,10 @@ def compile_grammar(params: SamplingParams, vocabulary: Any) -> Any:
     except Exception as error:
         problem = str(error)
     if problem:
-        raise ValueError(f"cannot be used: {_one_line(problem)}")
+        raise ValueError(f"cannot be used: {one_line(problem)}")
     matcher = LLMatcher(vocabulary, grammar, log_level=0)
     if matcher.is_error():
-        raise ValueError(f"cannot be used: {_one_line(matcher.get_error())}")
+        raise ValueError(f"cannot be used: {one_line(matcher.get_error())}")
     if not matcher.is_accepting():
         allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
         allowed[vocabulary.eos_tokens] = 0
@@ -108,7 +108,7 @@ def _problem(params: SamplingParams, vocabulary: Any) -> str:
     return ""
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """The first line that says something, and the library's own conclusion if it is further down."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     conclusion = [line for line in lines[1:] if line.startswith("error:")]

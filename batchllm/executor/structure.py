@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchllm.core import SamplingParams
-from batchllm.executor.grammars import compile_grammar
+from batchllm.executor.grammars import compile_grammar, one_line
 from batchllm.executor.running import Running
 
 _COMPILED = 1024  # grammars kept
@@ -53,6 +53,7 @@ class StructureMasks:
         self._masks: dict[int, tuple[_Made, int]] = {}  # the step's masks, and the row in them
         self._free: list[NDArray[np.float32]] = []  # memory for masks: fresh memory takes longer than they do
         self._is_valid: dict[int, bool] = {}  # what has been written is a whole answer
+        self._errors: dict[int, str] = {}  # why a matcher gave up
         self._ended: set[int] = set()  # nothing may follow what has been written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="structure")
         self._executor = LLExecutor()
@@ -83,6 +84,8 @@ class StructureMasks:
                 goes_on = matcher.consume_token(token) and not matcher.is_stopped()
                 # While its mask is made, nobody else may ask the matcher anything.
                 self._is_valid[run.sequence] = matcher.is_accepting() and not matcher.is_error()
+                if matcher.is_error():
+                    self._errors[run.sequence] = one_line(matcher.get_error())
                 if goes_on:
                     going.append(run.sequence)
                 else:
@@ -97,7 +100,12 @@ class StructureMasks:
         """Whether what has been written is a whole answer."""
         return self._is_valid[run.sequence]
 
+    def error(self, run: Running) -> str | None:
+        """Why no more masks can be made for a sequence, as for a structure with too many states."""
+        return self._errors.get(run.sequence)
+
     def forget(self, sequence: int) -> None:
+        self._errors.pop(sequence, None)
         self._matchers.pop(sequence, None)
         self._release(sequence)
         self._is_valid.pop(sequence, None)

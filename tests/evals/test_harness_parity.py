@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tests.evals.eval_worlds import (
 )
 
 TOLERANCE = 1e-4
+DOCUMENTS = int(os.environ.get("BATCHLLM_EVAL_DOCUMENTS", "2"))  # of each real task
 # The harness adds up in float32, so beyond 400 its own sums are that far from the truth: two units in the last place.
 FLOAT32 = 2.4e-7
 
@@ -103,9 +105,8 @@ def test_small_tasks_score_as_with_hf(model_folder: Path, tmp_path: Path, chat: 
 @pytest.mark.parametrize("which", ["random", "passages"])
 def test_real_tasks_score_as_with_hf(model_folder: Path, which: str) -> None:
     """The nine tasks of jobs/nightly_eval.yaml. Most contexts are cut from the left for the random model."""
-    spec = EvalSpec.model_validate(
-        {"tasks": nightly_tasks(), "include": ROOT / "jobs" / "eval_tasks", "data": DATA, "limit": 2}
-    )
+    tasks = {"tasks": nightly_tasks(), "include": ROOT / "jobs" / "eval_tasks", "data": DATA}
+    spec = EvalSpec.model_validate({**tasks, "limit": DOCUMENTS})
     assert len(spec.tasks) >= 8
     check(model_folder if which == "random" else PASSAGES_MODEL, spec, max_gen_toks=16)
 
