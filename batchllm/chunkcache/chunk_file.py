@@ -169,7 +169,15 @@ class ChunkFile:
         finally:
             os.close(descriptor)
         self.model, self.key = fixed.model, fixed.key
-        self.tokens: TokenArray = np.frombuffer(self._body, "<i4", fixed.num_tokens, _FIXED.size)
+
+    @cached_property
+    def tokens(self) -> TokenArray:
+        return np.frombuffer(self._body, "<i4", self._fixed.num_tokens, _FIXED.size)
+
+    def holds(self, tokens: TokenArray) -> bool:
+        """Whether the chunk has exactly these tokens."""
+        end = _FIXED.size + 4 * self._fixed.num_tokens
+        return self._body[_FIXED.size : end] == np.asarray(tokens, "<i4").tobytes()
 
     def layer(self, index: int, check: bool = True) -> Bytes:
         """The KV of one layer as the codec wrote it, memory-mapped. `check`: compare its checksum."""

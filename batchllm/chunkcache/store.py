@@ -114,7 +114,7 @@ class ChunkStore:
         if file.model != self.model or file.key != name.key:
             self.report(name, f"{path}: holds another chunk than its name says")
             return None
-        return file if np.array_equal(file.tokens, tokens) else None
+        return file if file.holds(tokens) else None
 
     def report(self, name: ChunkName, problem: str) -> None:
         """A stored variant cannot be used: it counts as not there from now on."""
