@@ -51,6 +51,8 @@ def pack_linears(model: Any) -> int:
     kept = {embedding.weight.data_ptr()} if embedding is not None else set()
     fused = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
     unused = {id(linear) for layer in fused for linear in layer.unused()}
+    for layer in fused:
+        layer.release_originals()  # so that a weight is let go as soon as it is packed
     kernels = native_kernels(torch.bfloat16)
     count = _pack_gated(fused, kernels) if kernels is not None else 0
     for parent in list(model.modules()):
@@ -61,9 +63,9 @@ def pack_linears(model: Any) -> int:
             if packed is not None:
                 setattr(parent, name, packed)
                 count += 1
-    if count:
+    if not count:
         for layer in fused:
-            layer.release_originals()
+            layer.restore_originals()
     return count
 
 
