@@ -25,7 +25,7 @@ class NativeLinear(nn.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.bias = plain.bias
         self._kernels = kernels
-        self._packed = pack_panels(plain.weight.data)
+        self._packed = pack_panels(kernels, plain.weight.data)
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., in_features] → [..., out_features]."""
@@ -52,7 +52,7 @@ class NativeGatedLinear(nn.Module):
         super().__init__()
         self._kernels = kernels
         self._size = joined.out_features // 2
-        self._packed = pack_gated_panels(joined.weight.data)
+        self._packed = pack_gated_panels(kernels, joined.weight.data)
 
     def forward(self, states: Tensor) -> Tensor:
         """states [n, in_features] → [n, size]."""

@@ -55,7 +55,7 @@ def test_product_is_the_exact_one_rounded(
 ) -> None:
     states, weight, bias = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(outputs, seed=2)
     exact = states.double() @ weight.double().T + (bias.double() if biased else 0)
-    found = linear(kernels, states, pack_panels(weight), outputs, bias if biased else None)
+    found = linear(kernels, states, pack_panels(kernels, weight), outputs, bias if biased else None)
     assert ((found.double() - exact).abs() <= rounding(exact, inputs)).all()
 
 
@@ -69,7 +69,7 @@ def test_sum_with_what_is_there_is_rounded_as_torch_rounds(
         normal(outputs, inputs, seed=1),
         normal(rows, outputs, seed=2),
     )
-    packed = pack_panels(weight)
+    packed = pack_panels(kernels, weight)
     expected = total + linear(kernels, states, packed, outputs)
     found = linear(kernels, states, packed, outputs, add_to=total)
     assert found is total and torch.equal(total, expected)
@@ -80,15 +80,15 @@ def test_sum_with_what_is_there_is_rounded_as_torch_rounds(
 def test_gated_product_is_silu_times_up(kernels: ctypes.CDLL, size: int) -> None:
     states, weight = normal(9, 64) * 4, normal(2 * size, 64, seed=1)
     states[0], weight[0] = 8, -4  # a gate far below zero
-    gate, up = linear(kernels, states, pack_panels(weight), 2 * size).chunk(2, dim=1)
-    found = gated_linear(kernels, states, pack_gated_panels(weight), size)
+    gate, up = linear(kernels, states, pack_panels(kernels, weight), 2 * size).chunk(2, dim=1)
+    found = gated_linear(kernels, states, pack_gated_panels(kernels, weight), size)
     torch.testing.assert_close(found, F.silu(gate) * up, rtol=0.009, atol=1e-6)
     assert (found != F.silu(gate) * up).float().mean() < 0.02
 
 
 @needs_kernels
 def test_a_row_does_not_depend_on_the_others_with_it(kernels: ctypes.CDLL) -> None:
-    states, packed = normal(250, 128), pack_panels(normal(100, 128, seed=1))
+    states, packed = normal(250, 128), pack_panels(kernels, normal(100, 128, seed=1))
     together = linear(kernels, states, packed, 100)
     for rows in (slice(0, 1), slice(3, 8), slice(100, 250)):
         assert torch.equal(linear(kernels, states[rows], packed, 100), together[rows])
@@ -96,21 +96,22 @@ def test_a_row_does_not_depend_on_the_others_with_it(kernels: ctypes.CDLL) -> No
 
 @needs_kernels
 def test_rows_may_lie_apart(kernels: ctypes.CDLL) -> None:
-    wide, packed = normal(8, 3 * 64 + 1), pack_panels(normal(64, 64, seed=1))
+    wide, packed = normal(8, 3 * 64 + 1), pack_panels(kernels, normal(64, 64, seed=1))
     for states in (wide[:, 64:128], wide[::2, 1:65], wide.t()[:64].t()):
         assert torch.equal(
             linear(kernels, states, packed, 64), linear(kernels, states.contiguous(), packed, 64)
         )
 
 
+@needs_kernels
 @pytest.mark.parametrize("outputs", [1, 63, 64, 65, 130])
 @pytest.mark.parametrize("inputs", [2, 50])
-def test_packed_weights_come_back(outputs: int, inputs: int) -> None:
+def test_packed_weights_come_back(kernels: ctypes.CDLL, outputs: int, inputs: int) -> None:
     weight = normal(outputs, inputs)
-    packed = pack_panels(weight)
+    packed = pack_panels(kernels, weight)
     assert packed.shape[2] == PANEL and torch.equal(unpack_panels(packed, outputs), weight)
     both = normal(2 * outputs, inputs)
-    assert torch.equal(unpack_gated_panels(pack_gated_panels(both), outputs), both)
+    assert torch.equal(unpack_gated_panels(pack_gated_panels(kernels, both), outputs), both)
 
 
 @needs_kernels

@@ -1,7 +1,7 @@
 /* Memory that is read next, asked for line by line while the products of what is there already go on.
  *
- * All at once, requests would fill the queue of the first-level cache and the products behind them would wait; one every
- * few products costs next to nothing. Lines go to the second-level cache: the first is full of what is worked on.
+ * All at once, requests would fill the queue of the first-level cache and the products behind them would wait; one
+ * every few products costs next to nothing. Lines go to the second-level cache: the first is full of what is worked on.
  */
 #pragma once
 #include <immintrin.h>

@@ -1,12 +1,13 @@
 /* Linear layers in bfloat16 with packed weights, and what follows a product while its sums are still in registers.
  *
  * Weights are packed as panels of 64 outputs: [outputs / 64][inputs / 2][64] pairs of neighbouring inputs (linear.py).
- * A panel stays in the second-level cache while all rows pass by, six at a time; a row's sums are the same whatever rows
- * come with it.
+ * A panel stays in the second-level cache while all rows pass by, six at a time; a row's sums are the same whatever
+ * rows come with it.
  */
 #include <omp.h>
 #include <stddef.h>
 
+#include "packing.h"
 #include "power.h"
 #include "products.h"
 
@@ -56,7 +57,8 @@ static inline __attribute__((always_inline)) void finish(const Product *p, Sums 
     }
 }
 
-static inline __attribute__((always_inline)) void some_rows(const Product *p, int64_t row, int64_t panel, const int rows)
+static inline __attribute__((always_inline)) void some_rows(const Product *p, int64_t row, int64_t panel,
+                                                            const int rows)
 {
     Sums sums;
     for (int i = 0; i < rows; i++)
@@ -85,4 +87,26 @@ void batchllm_linear(const Product *p)
             default: some_rows(p, row, panel, 6); break;
             }
     }
+}
+
+/* weight [outputs][inputs], contiguous, inputs even -> panels, filled up with zeros. Gated: the first half of the
+ * outputs are gates. */
+void batchllm_pack_panels(const bf16 *weight, uint32_t *packed, int64_t outputs, int64_t inputs, int64_t gated)
+{
+    int64_t half = gated ? outputs / 2 : outputs, width = gated ? PANEL / 2 : PANEL, pairs = inputs / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < (half + width - 1) / width; panel++)
+        for (int64_t at = 0; at < PANEL; at += LANES) {
+            int64_t first = panel * width + at % width, left = half - first;
+            const bf16 *rows = weight + (first + at / width * half) * inputs;
+            for (int64_t pair = 0; pair < pairs; pair += LANES) {
+                __m512i row[LANES];
+                for (int i = 0; i < LANES; i++)
+                    row[i] = i >= left ? _mm512_setzero_si512()
+                                       : _mm512_maskz_loadu_epi32(first_lanes(pairs - pair), rows + i * inputs + 2 * pair);
+                transpose(row);
+                uint32_t *target = packed + (panel * pairs + pair) * PANEL + at;
+                for (int i = 0; i < least(LANES, pairs - pair); i++) _mm512_store_si512(target + i * PANEL, row[i]);
+            }
+        }
 }

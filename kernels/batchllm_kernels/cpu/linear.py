@@ -22,19 +22,27 @@ class _Product(ctypes.Structure):
     ]
 
 
-def pack_panels(weight: Tensor) -> Tensor:
+def pack_panels(kernels: ctypes.CDLL, weight: Tensor) -> Tensor:
     """bfloat16 [outputs, inputs], inputs even → int32 [panels, inputs / 2, 64]: pairs of inputs, outputs side by side.
 
     Outputs are filled up with zeros. In large pages where the system has them: products wait less for their first read.
     """
-    outputs, inputs = weight.shape
-    panels = -(-outputs // PANEL)
-    packed = zeros_in_large_pages(panels * PANEL * inputs // 2, torch.int32).view(panels, inputs // 2, PANEL)
-    pairs = weight.contiguous().view(torch.int32)
-    whole = outputs // PANEL
-    packed[:whole] = pairs[: whole * PANEL].view(whole, PANEL, inputs // 2).transpose(1, 2)
-    if whole < panels:
-        packed[whole, :, : outputs - whole * PANEL] = pairs[whole * PANEL :].t()
+    return _pack(kernels, weight, -(-len(weight) // PANEL), gated=0)
+
+
+def pack_gated_panels(kernels: ctypes.CDLL, weight: Tensor) -> Tensor:
+    """[2 size, inputs], the gates first → panels of 32 gates and the 32 outputs that they apply to."""
+    return _pack(kernels, weight, -(-len(weight) // PANEL), gated=1)
+
+
+def _pack(kernels: ctypes.CDLL, weight: Tensor, panels: int, gated: int) -> Tensor:
+    assert weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % 2 == 0
+    pairs = weight.shape[1] // 2
+    packed = zeros_in_large_pages(panels * pairs * PANEL, torch.int32).view(panels, pairs, PANEL)
+    counts = map(ctypes.c_int64, (*weight.shape, gated))
+    kernels.batchllm_pack_panels(
+        ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(packed.data_ptr()), *counts
+    )
     return packed
 
 
@@ -43,16 +51,6 @@ def unpack_panels(packed: Tensor, outputs: int) -> Tensor:
     panels, pairs, _ = packed.shape
     rows = packed.new_empty(panels, PANEL, pairs).copy_(packed.transpose(1, 2))
     return rows.view(panels * PANEL, pairs)[:outputs].view(torch.bfloat16)
-
-
-def pack_gated_panels(weight: Tensor) -> Tensor:
-    """[2 size, inputs], the gates first → panels of 32 gates and the 32 outputs that they apply to."""
-    half = PANEL // 2
-    size, inputs = len(weight) // 2, weight.shape[1]
-    panels = -(-size // half)
-    parted = weight.new_zeros(2, panels * half, inputs)
-    parted[:, :size] = weight.view(2, size, inputs)
-    return pack_panels(parted.view(2, panels, half, inputs).transpose(0, 1).reshape(-1, inputs))
 
 
 def unpack_gated_panels(packed: Tensor, size: int) -> Tensor:

@@ -28,8 +28,8 @@ static inline void transpose(__m512i *r)
 
 /* [count][dim] at `stride` -> [count / 16][width / 2][16] pairs of a key's numbers: a vector holds the same pair of
  * sixteen keys. What lies beyond count and dim is 0. */
-static void pack_keys(const bf16 *keys, int64_t stride, int64_t count, int64_t dim, int64_t width, uint32_t *packed,
-                      Ahead *ahead)
+static inline void pack_keys(const bf16 *keys, int64_t stride, int64_t count, int64_t dim, int64_t width,
+                             uint32_t *packed, Ahead *ahead)
 {
     int64_t pairs = width / 2;
     for (int64_t first = 0; first < count; first += LANES) {
@@ -49,8 +49,8 @@ static void pack_keys(const bf16 *keys, int64_t stride, int64_t count, int64_t d
 }
 
 /* [count][dim] at `stride` -> [count / 2][width] pairs: the same number of two neighbouring keys. */
-static void pack_values(const bf16 *values, int64_t stride, int64_t count, int64_t dim, int64_t width, uint32_t *packed,
-                        Ahead *ahead)
+static inline void pack_values(const bf16 *values, int64_t stride, int64_t count, int64_t dim, int64_t width,
+                               uint32_t *packed, Ahead *ahead)
 {
     for (int64_t key = 0; key < count; key += 2) {
         const bf16 *even = values + key * stride, *odd = even + stride;

@@ -1,4 +1,4 @@
-/* Products of bfloat16 matrices, pairs of numbers at a time (vdpbf16ps), with sums in float32 that stay in registers. */
+/* Products of bfloat16 matrices, pairs of numbers at a time (vdpbf16ps), with float32 sums that stay in registers. */
 #pragma once
 #include "ahead.h"
 #include "bfloat16.h"
