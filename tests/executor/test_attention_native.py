@@ -111,7 +111,7 @@ def test_scattered_tokens_of_a_node_read_it_once() -> None:
     node, other = Extent(100, 50), Extent(200, 50)
     places = [(node, 3), (node, 7), (other, 9), (node, 30), (other, 12)]
     chunks = [Chunk(first, 1, place, 0, extent) for first, (extent, place) in enumerate(places)]
-    reads = plan_tiles(chunks, [], 32, 1)
+    reads = plan_tiles(chunks, [], 16, 1)
     found = {(low, high): (slot, length) for low, high, slot, _, length in reads.segments.tolist()}
     assert sorted(found.values()) == [(100, 31), (200, 13)]
     assert sorted(high - low for low, high in found) == [2, 3]

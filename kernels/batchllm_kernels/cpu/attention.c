@@ -1,8 +1,8 @@
 /* Attention of one layer over contiguous stretches of KV, in bfloat16, for CPUs with AVX-512 BF16 products.
  *
  * Rows (tokens of a step) come in tiles; each tile has a list of segments: stretches of KV that some consecutive rows
- * of the tile read. A tile goes through its segments in blocks of keys and keeps, for each query, the running maximum, sum
- * and weighted values (online softmax, Milakov and Gimelshein 2018; as in FlashAttention, Dao et al. 2022). What a
+ * of the tile read. A tile goes through its segments in blocks of keys and keeps, for each query, the running maximum,
+ * sum and weighted values (online softmax, Milakov and Gimelshein 2018; as in FlashAttention, Dao et al. 2022). What a
  * query sees follows from positions alone, so shared prefixes, prompts over themselves and single decoded tokens are
  * all the same to this code: a prefix that many rows read is packed once for a tile of them.
  *

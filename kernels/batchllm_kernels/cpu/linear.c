@@ -101,9 +101,10 @@ void batchllm_pack_panels(const bf16 *weight, uint32_t *packed, int64_t outputs,
             const bf16 *rows = weight + (first + at / width * half) * inputs;
             for (int64_t pair = 0; pair < pairs; pair += LANES) {
                 __m512i row[LANES];
-                for (int i = 0; i < LANES; i++)
-                    row[i] = i >= left ? _mm512_setzero_si512()
-                                       : _mm512_maskz_loadu_epi32(first_lanes(pairs - pair), rows + i * inputs + 2 * pair);
+                for (int i = 0; i < LANES; i++) {
+                    __mmask16 mask = i < left ? first_lanes(pairs - pair) : 0;
+                    row[i] = _mm512_maskz_loadu_epi32(mask, rows + i * inputs + 2 * pair);
+                }
                 transpose(row);
                 uint32_t *target = packed + (panel * pairs + pair) * PANEL + at;
                 for (int i = 0; i < least(LANES, pairs - pair); i++) _mm512_store_si512(target + i * PANEL, row[i]);
