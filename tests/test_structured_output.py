@@ -10,6 +10,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import torch
+from batchllm_kernels.cpu import build
 
 import batchllm
 from batchllm.core import SamplingParams as CoreParams
@@ -19,6 +21,10 @@ from tests.jobs import exit_code_of, make_job, read_output, save_model
 from tests.json_schemas import WRITTEN, random_schema
 from tests.tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 
+needs_kernels = pytest.mark.skipif(
+    not build.cpu_has_bfloat16_products() or build._compiler() is None,
+    reason="needs a CPU with AVX-512 BF16 and a C compiler",
+)
 SCHEMAS = [*WRITTEN.values(), *(random_schema(seed) for seed in range(200 - len(WRITTEN)))]
 
 
@@ -142,15 +148,31 @@ def test_masks_are_made_in_another_thread(llm: batchllm.LLM, monkeypatch: pytest
     import threading
 
     made: list[str] = []
-    forbidding = structure.StructureMasks._forbidding
+    allowed = structure.StructureMasks._allowed
 
-    def noted(self: Any, matchers: Any, memory: Any) -> Any:
+    def noted(self: Any, matchers: Any) -> Any:
         made.append(threading.current_thread().name)
-        return forbidding(self, matchers, memory)
+        return allowed(self, matchers)
 
-    monkeypatch.setattr(structure.StructureMasks, "_forbidding", noted)
+    monkeypatch.setattr(structure.StructureMasks, "_allowed", noted)
     answers(llm, [params(regex="[ab]{6}")] * 3)
     assert len(made) == 6 and all(name.startswith("structure") for name in made)
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 100, 256])
+def test_what_has_no_bit_is_forbidden(native: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(structure, "native_kernels", lambda _dtype: None)
+    vocabulary = load_vocabulary(byte_tokenizer(), VOCABULARY, [EOS])
+    masks = structure.StructureMasks(vocabulary, size)
+    bits = np.random.default_rng(size).integers(-(2**31), 2**31, (5, 8), dtype=np.int32)
+    logits, wide = torch.randn(5, size), torch.zeros(5, 300)
+    wide[:, :size] = logits
+    may_come = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :size].astype(bool)
+    masks._forbid(wide[:, :size], bits)
+    assert torch.equal(wide[:, :size], logits.masked_fill(torch.from_numpy(~may_come), -torch.inf))
+    assert not wide[:, size:].any()
 
 
 def test_masks_agree_with_the_matcher() -> None:
@@ -168,20 +190,3 @@ def test_log_probabilities_are_those_of_the_models_own_logits(llm: batchllm.LLM)
     for first, other in zip(free.top_logprobs[0], held.top_logprobs[0], strict=True):
         assert first == pytest.approx(other, abs=1e-4)
     assert held.logprobs[0] < -1  # among all tokens, not among two
-
-
-def test_memory_of_masks_is_used_again(llm: batchllm.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[int] = []
-    forbidding = structure.StructureMasks._forbidding
-
-    def noted(self: Any, matchers: Any, memory: Any) -> Any:
-        used.append(memory.ctypes.data)
-        return forbidding(self, matchers, memory)
-
-    monkeypatch.setattr(structure.StructureMasks, "_forbidding", noted)
-    patterns = ["[ab]{9}", "[cd]{3}e", "[fg]{20}"] * 3
-    for pattern, answer in zip(
-        patterns, answers(llm, [params(regex=pattern, max_tokens=30) for pattern in patterns])
-    ):
-        assert re.fullmatch(pattern, answer.text)
-    assert len(used) == 20 and len(set(used)) <= 2
