@@ -47,9 +47,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0  # the log-probabilities of so many most probable tokens beside each token
-    prompt_logprobs: int | None = (
-        None  # of the prompt's own tokens, and so many most probable ones beside each
-    )
+    prompt_logprobs: int | None = None  # of the prompt's tokens, and so many most probable ones beside each
     best_of: int = 0  # answers computed, of which the `n` with the largest mean log-probability stay; 0: n
     repetition_penalty: float = (
         1.0  # of every token of prompt and output: logits divided by it, or times it below 0

@@ -39,9 +39,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = True
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = (
-        None  # by token, when asked for; None for the first
-    )
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # when asked for; None for the first token
 
 
 def outputs_of(

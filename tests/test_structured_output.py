@@ -11,7 +11,6 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from batchllm_kernels.cpu import build
 
 import batchllm
 from batchllm.core import SamplingParams as CoreParams
@@ -19,12 +18,9 @@ from batchllm.executor import structure
 from batchllm.executor.grammars import compile_grammar, load_vocabulary
 from tests.jobs import exit_code_of, make_job, read_output, save_model
 from tests.json_schemas import WRITTEN, random_schema
+from tests.native import needs_kernels
 from tests.tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 
-needs_kernels = pytest.mark.skipif(
-    not build.cpu_has_bfloat16_products() or build._compiler() is None,
-    reason="needs a CPU with AVX-512 BF16 and a C compiler",
-)
 SCHEMAS = [*WRITTEN.values(), *(random_schema(seed) for seed in range(200 - len(WRITTEN)))]
 
 

@@ -37,9 +37,7 @@ class StoredContext:
     chunks: tuple[bytes, ...]  # keys of the chunks it was computed after, in order
     weights: FloatArray  # [chunks] attention that the chunk gave to each of them
     outside: FloatArray  # [tokens] attention that each token gave to all of them
-    sensitivity: (
-        FloatArray  # [tokens] how differently its K came out in other contexts, times who looks at it
-    )
+    sensitivity: FloatArray  # [tokens] how much K depends on the context, times the attention from others
     outside_mean: float
     inside_mean: float
 

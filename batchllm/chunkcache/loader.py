@@ -145,6 +145,9 @@ class ChunkLoader:
 
     def _give_up(self, loading: LoadingNode) -> None:
         self._held_bytes -= loading.num_bytes
+        self._end_decoding(loading)
+
+    def _end_decoding(self, loading: LoadingNode) -> None:
         if loading in self._decoding:
             self._decoding.remove(loading)
 
@@ -184,7 +187,7 @@ class ChunkLoader:
                 for event in loading.ready:
                     event.set()
                 with self._change:
-                    self._decoding = [other for other in self._decoding if other is not loading]
+                    self._end_decoding(loading)
 
     def _next(self) -> tuple[Callable[[LoadingNode], None], LoadingNode] | None:
         """What to do next: read what the scheduler waits for, decode a layer, or read the next node of the plan, if
@@ -253,7 +256,7 @@ class ChunkLoader:
         self.stats.load_seconds += self.note("decode", loading.node, layer, begin)
         if loading.num_decoded == len(loading.layers):
             with self._change:
-                self._decoding = [other for other in self._decoding if other is not loading]
+                self._end_decoding(loading)
 
     def _sections(self, part: Part) -> Sequence[Bytes]:
         """The KV of every layer as it is stored, checked."""

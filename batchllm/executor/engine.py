@@ -176,7 +176,8 @@ class Engine:
         keys = self._keys[[run.sequence for run in running]]
         ruled = self._ruled(rows, running)
         tokens = choose_tokens(ruled, params, keys, indices)
-        self._note_dead_ends(ruled, running, tokens)
+        if ruled is not rows or self.structures is not None:
+            self._note_dead_ends(ruled, running, tokens)
         if self.structures is not None:
             self.structures.advance(running, tokens)
         self._forget_logits()

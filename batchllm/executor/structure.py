@@ -26,11 +26,9 @@ from batchllm.executor.native import native_kernels
 from batchllm.executor.running import Running
 
 _COMPILED = 1024  # grammars kept
-_SPREAD = (
-    np.where(  # [256, 8] what is added to eight logits, by a byte of bits that say which tokens may come
-        np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
-    ).astype(np.float32)
-)
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+# [256, 8] what is added to eight logits, by a byte of bits that say which tokens may come.
+_SPREAD = np.where(_BITS, 0.0, -np.inf).astype(np.float32)
 
 
 class StructureMasks:
@@ -43,9 +41,8 @@ class StructureMasks:
         self._vocabulary, self._size = vocabulary, size
         self._words = (int(vocabulary.vocab_size) + 31) // 32
         self._matchers: dict[int, Any] = {}
-        self._masks: dict[
-            int, tuple[Future[NDArray[np.int32]], int]
-        ] = {}  # [n, words] bits of a step, and the row
+        # The masks of a step, [n, words] bits, and the sequence's row in them.
+        self._masks: dict[int, tuple[Future[NDArray[np.int32]], int]] = {}
         self._is_valid: dict[int, bool] = {}  # what has been written is a whole answer
         self._errors: dict[int, str] = {}  # why a matcher gave up
         self._ended: set[int] = set()  # nothing may follow what has been written

@@ -21,11 +21,7 @@ from batchllm.executor.kv_pool import Extent, KvPool, LayerKv
 from batchllm.executor.step import Chunk, SharedRead, StepBatch
 from tests.executor.step_worlds import World, make_world
 from tests.executor.test_attention import FEATURES, largest_error
-
-needs_kernels = pytest.mark.skipif(
-    not build.cpu_has_bfloat16_products() or build._compiler() is None,
-    reason="needs a CPU with AVX-512 BF16 and a C compiler",
-)
+from tests.native import needs_kernels
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batchllm_kernels.cpu import build
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -17,12 +16,9 @@ from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.executor.packed_linear import PackedLinear
 from batchllm.executor.parity import _run_flat, check_parity
 from tests.executor.tiny_models import COMMON, make_model
+from tests.native import needs_kernels
 
 BF16 = torch.bfloat16
-needs_kernels = pytest.mark.skipif(
-    not build.cpu_has_bfloat16_products() or build._compiler() is None,
-    reason="needs a CPU with AVX-512 BF16 and a C compiler",
-)
 OPS = ["torch", pytest.param("native", marks=needs_kernels)]
 
 

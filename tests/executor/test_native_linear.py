@@ -7,7 +7,6 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
-from batchllm_kernels.cpu import build
 from batchllm_kernels.cpu.linear import (
     PANEL,
     gated_linear,
@@ -21,12 +20,9 @@ from torch import Tensor, nn
 
 from batchllm.executor.native import native_kernels
 from batchllm.executor.native_linear import NativeLinear, add_product, can_be_native
+from tests.native import needs_kernels
 
 BF16 = torch.bfloat16
-needs_kernels = pytest.mark.skipif(
-    not build.cpu_has_bfloat16_products() or build._compiler() is None,
-    reason="needs a CPU with AVX-512 BF16 and a C compiler",
-)
 # Rows, inputs, outputs: less than one of everything, whole panels, one more and one less.
 SHAPES = [(1, 2, 1), (5, 62, 17), (6, 64, 64), (7, 64, 65), (13, 128, 127), (200, 96, 192)]
 

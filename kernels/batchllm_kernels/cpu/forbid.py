@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchllm_kernels.cpu.arguments import address, counts
+
 
 def forbid(kernels: ctypes.CDLL, logits: Tensor, allowed: NDArray[np.int32]) -> None:
     """logits float32 [n, V] become -inf where the bit of `allowed` [n, words], lowest first, is 0; 32 words >= V."""
@@ -19,7 +21,7 @@ def forbid(kernels: ctypes.CDLL, logits: Tensor, allowed: NDArray[np.int32]) -> 
         and 32 * allowed.shape[1] >= size
     )
     kernels.batchllm_forbid(
-        ctypes.c_void_p(logits.data_ptr()),
+        address(logits),
         ctypes.c_void_p(allowed.ctypes.data),
-        *map(ctypes.c_int64, (rows, size, logits.stride(0), allowed.strides[0] // 4)),
+        *counts(rows, size, logits.stride(0), allowed.strides[0] // 4),
     )

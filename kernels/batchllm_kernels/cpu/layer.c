@@ -6,7 +6,7 @@
 #include <math.h>
 
 #include "bfloat16.h"
-#include "power.h"
+#include "gate.h"
 
 /* normed [rows][size] = RMSNorm (Zhang and Sennrich 2019) of states [rows][size], times weight. */
 void batchllm_rms_norm(const bf16 *states, const bf16 *weight, bf16 *normed, int64_t rows, int64_t size,
@@ -37,11 +37,8 @@ void batchllm_silu_and_mul(const bf16 *joined, bf16 *output, int64_t rows, int64
         const bf16 *gate = joined + 2 * row * size, *up = gate + size;
         bf16 *to = output + row * size;
         for (int64_t at = 0; at < size; at += LANES) {
-            __m512 number = load_bf16(gate + at, size - at);
-            /* Below -87 the power is infinite and silu 0, as it should be. */
-            __m512 power = power_of_two(_mm512_mul_ps(number, _mm512_set1_ps(-LOG2E)));
-            __m512 silu = rounded(_mm512_div_ps(number, _mm512_add_ps(power, _mm512_set1_ps(1.0f))));
-            store_bf16(to + at, _mm512_mul_ps(silu, load_bf16(up + at, size - at)), size - at);
+            int64_t left = size - at;
+            store_bf16(to + at, silu_times(load_bf16(gate + at, left), load_bf16(up + at, left)), left);
         }
     }
 }

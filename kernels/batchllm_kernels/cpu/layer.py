@@ -9,6 +9,8 @@ import ctypes
 
 from torch import Tensor
 
+from batchllm_kernels.cpu.arguments import address, counts
+
 
 class LayerOps:
     """The functions of `layer.c` for tensors."""
@@ -22,10 +24,10 @@ class LayerOps:
         rows, size = states.shape
         assert states.stride(1) == 1
         self._kernels.batchllm_rms_norm(
-            _at(states),
-            _at(weight),
-            _at(normed),
-            *_counts(rows, size, states.stride(0), size),
+            address(states),
+            address(weight),
+            address(normed),
+            *counts(rows, size, states.stride(0), size),
             ctypes.c_float(epsilon),
         )
         return normed
@@ -35,7 +37,7 @@ class LayerOps:
         assert joined.is_contiguous()
         rows, width = joined.shape
         output = joined.new_empty(rows, width // 2)
-        self._kernels.batchllm_silu_and_mul(_at(joined), _at(output), *_counts(rows, width // 2))
+        self._kernels.batchllm_silu_and_mul(address(joined), address(output), *counts(rows, width // 2))
         return output
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,14 +45,6 @@ class LayerOps:
         rows, heads, dim = states.shape
         assert states.stride()[1:] == (dim, 1) and cos.is_contiguous() and sin.is_contiguous()
         self._kernels.batchllm_rotate(
-            _at(states), _at(cos), _at(sin), *_counts(rows, heads, dim, states.stride(0))
+            address(states), address(cos), address(sin), *counts(rows, heads, dim, states.stride(0))
         )
         return states
-
-
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _counts(*numbers: int) -> tuple[ctypes.c_int64, ...]:
-    return tuple(map(ctypes.c_int64, numbers))

@@ -7,8 +7,8 @@
 #include <omp.h>
 #include <stddef.h>
 
+#include "gate.h"
 #include "packing.h"
-#include "power.h"
 #include "products.h"
 
 enum { PANEL = WIDE * LANES, UNITS = 4, FEWEST_ROWS = 48 };
@@ -24,16 +24,6 @@ typedef struct {
     int64_t gated;              /* panels hold 32 gates, then the 32 numbers they apply to */
 } Product;
 
-/* silu(gate) * up, rounded where transformers' modules round. */
-static inline __m512 gate(__m512 gate, __m512 up)
-{
-    gate = rounded(gate);
-    /* Below -87 the power is infinite and silu 0, as it should be. */
-    __m512 power = power_of_two(_mm512_mul_ps(gate, _mm512_set1_ps(-LOG2E)));
-    __m512 silu = rounded(_mm512_div_ps(gate, _mm512_add_ps(power, _mm512_set1_ps(1.0f))));
-    return _mm512_mul_ps(silu, rounded(up));
-}
-
 static inline __attribute__((always_inline)) void finish(const Product *p, Sums sums, int64_t row, int64_t panel,
                                                          const int rows)
 {
@@ -41,8 +31,10 @@ static inline __attribute__((always_inline)) void finish(const Product *p, Sums 
         bf16 *output = p->output + (row + i) * p->output_row;
         if (p->gated) {
             int64_t at = panel * PANEL / 2;
-            for (int j = 0; j < WIDE / 2; j++, at += LANES)
-                store_bf16(output + at, gate(sums[i][j], sums[i][j + WIDE / 2]), p->outputs / 2 - at);
+            for (int j = 0; j < WIDE / 2; j++, at += LANES) {
+                __m512 gate = rounded(sums[i][j]), up = rounded(sums[i][j + WIDE / 2]);
+                store_bf16(output + at, silu_times(gate, up), p->outputs / 2 - at);
+            }
             continue;
         }
         int64_t at = panel * PANEL;

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from batchllm_kernels.cpu.arguments import address, counts
 from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 
 PANEL = 64  # outputs of a panel
@@ -39,10 +40,7 @@ def _pack(kernels: ctypes.CDLL, weight: Tensor, panels: int, gated: int) -> Tens
     assert weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % 2 == 0
     pairs = weight.shape[1] // 2
     packed = zeros_in_large_pages(panels * pairs * PANEL, torch.int32).view(panels, pairs, PANEL)
-    counts = map(ctypes.c_int64, (*weight.shape, gated))
-    kernels.batchllm_pack_panels(
-        ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(packed.data_ptr()), *counts
-    )
+    kernels.batchllm_pack_panels(address(weight), address(packed), *counts(*weight.shape, gated))
     return packed
 
 

@@ -1,0 +1,16 @@
+"""Tensors and counts as the functions in C take them."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    """Of its first number."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def counts(*numbers: int) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, numbers))
