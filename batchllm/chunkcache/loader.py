@@ -24,7 +24,7 @@ from batchllm.chunkcache.codecs import Codec, codec_named
 from batchllm.chunkcache.host_tier import HostTier
 from batchllm.chunkcache.key_rotation import PlacedKeys
 from batchllm.chunkcache.node_chunks import NodeChunks, Part
-from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.kv_buffers import LayerKv
 
 
 class LoadEvent(NamedTuple):

@@ -10,7 +10,8 @@ from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend
 from torch import Tensor
 
 from batchllm.executor.attention_tiles import plan_tiles
-from batchllm.executor.kv_pool import KvPool, LayerKv
+from batchllm.executor.kv_buffers import LayerKv
+from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.native import native_kernels
 from batchllm.executor.pool_attention import PoolAttention
 from batchllm.executor.step import StepBatch

@@ -10,8 +10,9 @@ import torch
 from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.attention_native import NativeStepAttention, kernels_for
 from batchllm.executor.forward_context import StepAttention
+from batchllm.executor.kv_buffers import KeptBuffers, LayerKv
 from batchllm.executor.kv_memory import KvMemory
-from batchllm.executor.kv_pool import KvPool, LayerKv, bytes_per_token
+from batchllm.executor.kv_pool import KvPool, bytes_per_token
 from batchllm.executor.step import StepBatch
 
 
@@ -37,11 +38,12 @@ class CpuBackend:
 
     def __init__(self, native: bool = True):
         self.native = native
+        self._memory = KeptBuffers()
 
     def make_pool(self, layers: Sequence[LayerKv], kv_tokens: int, dtype: torch.dtype) -> KvPool:
         if self.native:
             kernels_for(layers, dtype)  # compiled now rather than in the first step
-        return KvPool(layers, kv_tokens, dtype)
+        return KvPool(self._memory.lend(layers, kv_tokens, dtype))
 
     def bytes_per_token(self, layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
         return bytes_per_token(layers, dtype)

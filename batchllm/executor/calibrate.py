@@ -20,6 +20,7 @@ from batchllm.core import PromptTable, RequestTable, SamplingParams
 from batchllm.executor.backend import CpuBackend
 from batchllm.executor.engine import Engine, EngineOptions
 from batchllm.executor.forward_context import StepAttention
+from batchllm.executor.kv_buffers import KvBuffers
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.probe_steps import ProbeStep, probe_steps
@@ -82,7 +83,7 @@ def _time_steps(model: ModelRunner) -> list[_Timing]:
     """Small steps first, and no larger ones once the time is spent."""
     started = _clock()
     steps = probe_steps(model.max_length)
-    pool = KvPool(model.layers, max(step.slots for step in steps), model.dtype)
+    pool = KvPool(KvBuffers.empty(model.layers, max(step.slots for step in steps), model.dtype))
     _fill(pool)
     _time_step(model, pool, steps[0])  # the first pass of a process is slow
     timings: list[_Timing] = []

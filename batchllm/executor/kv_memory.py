@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from numpy.typing import NDArray
 
-from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.kv_buffers import LayerKv
 
 
 class KvExtent(Protocol):

@@ -13,26 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchllm.executor.kv_buffers import KvBuffers, LayerKv
 from batchllm.executor.step import StepBatch
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKv:
-    """Shape of one layer's KV for one token."""
-
-    heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def row_dim(self) -> int:
-        """Head dim both are stored with. torch's CPU flash kernel wants K and V equally wide, so the
-        narrower one (V, in DeepSeek's MLA) is padded with zeros."""
-        return max(self.key_dim, self.value_dim)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,16 +44,13 @@ def bytes_per_token(layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
 class KvPool:
     """`keys[l]` and `values[l]` are `[capacity, heads, row_dim]`; slot `s` holds one token in every layer.
 
-    Memory is committed by the operating system as slots are first written. Every slot is finite at all times
-    (fresh memory is zero), because masked reads still multiply what they mask.
+    Every slot is finite at all times (fresh memory is zero), because masked reads still multiply what they mask.
     """
 
-    def __init__(self, layers: Sequence[LayerKv], capacity: int, dtype: torch.dtype):
-        self.layers = tuple(layers)
-        self.capacity = capacity
-        self.dtype = dtype
-        self.keys = [_zeros(capacity, layer, dtype) for layer in layers]
-        self.values = [_zeros(capacity, layer, dtype) for layer in layers]
+    def __init__(self, buffers: KvBuffers):
+        self._buffers = buffers
+        self.layers, self.capacity, self.dtype = buffers.layers, buffers.capacity, buffers.dtype
+        self.keys, self.values = buffers.keys, buffers.values
         self.used = 0
         self.peak = 0
         self._extents: list[Extent] = []  # by offset
@@ -187,8 +169,3 @@ class KvWriter:
             buffer.index_copy_(0, self._slots, new.transpose(0, 1))
             if len(self._copy_to):
                 buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
-
-
-def _zeros(capacity: int, layer: LayerKv, dtype: torch.dtype) -> Tensor:
-    flat: Tensor = zeros_in_large_pages(capacity * layer.heads * layer.row_dim, dtype)
-    return flat.view(capacity, layer.heads, layer.row_dim)

@@ -26,7 +26,7 @@ from batchllm.executor.forward_context import (
 )
 from batchllm.executor.fused_layer import fuse_layers, restore_layers
 from batchllm.executor.gate import LengthLimit, refused
-from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.model_config import first_line, load_config
 from batchllm.executor.packed_linear import pack_linears, unpack_linears
 from batchllm.executor.step import StepBatch

@@ -15,7 +15,7 @@ from batchllm.executor.attention_paged import (
     resident_programs,
 )
 from batchllm.executor.device_memory import largest_pool
-from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.paged_pool import PagedPool
 from batchllm.executor.step import StepBatch
 from batchllm.executor.step_plans import Plans, StepPlans

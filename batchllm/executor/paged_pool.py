@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.kv_buffers import LayerKv
 
 
 @dataclass(slots=True, eq=False)

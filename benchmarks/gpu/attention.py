@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from batchllm.executor.kv_pool import LayerKv
+from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.paged_backend import PagedBackend
 from batchllm.executor.step import StepBatch
 from batchllm.executor.step_builder import Ancestor, StepBuilder

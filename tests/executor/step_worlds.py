@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchllm.executor.kv_pool import Extent, KvPool, LayerKv
+from batchllm.executor.kv_buffers import KvBuffers, LayerKv
+from batchllm.executor.kv_pool import Extent, KvPool
 from batchllm.executor.step import StepBatch
 from batchllm.executor.step_builder import StepBuilder
 
@@ -57,7 +58,7 @@ def make_world(
     """Shared nodes up to three deep, leaves of many sizes; some are computed whole, some go on, some decode."""
     sizes = random.integers(1, longest, num_nodes)
     spare = random.integers(0, 4, num_nodes)
-    pool = KvPool((layer,), int((sizes + spare).sum()) + 8, dtype)
+    pool = KvPool(KvBuffers.empty((layer,), int((sizes + spare).sum()) + 8, dtype))
     nodes: list[TreeNode] = []
     for number in range(num_nodes):
         choices = [node for node in nodes if len(node.ancestors) < 3]

@@ -14,7 +14,8 @@ from batchllm.executor.attention_bands import BAND_SCORES, PieceSize, cut_into_b
 from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, StepReads, plan_reads
 from batchllm.executor.forward_context import StepAttention
-from batchllm.executor.kv_pool import KvPool, LayerKv
+from batchllm.executor.kv_buffers import LayerKv
+from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.step import StepBatch
 from tests.executor.step_worlds import World, dense_attention, make_world
 

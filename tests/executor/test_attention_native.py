@@ -17,7 +17,8 @@ from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.attention_native import NativeStepAttention, kernels_for
 from batchllm.executor.attention_tiles import plan_tiles
 from batchllm.executor.backend import CpuBackend
-from batchllm.executor.kv_pool import Extent, KvPool, LayerKv
+from batchllm.executor.kv_buffers import LayerKv
+from batchllm.executor.kv_pool import Extent, KvPool
 from batchllm.executor.step import Chunk, SharedRead, StepBatch
 from tests.executor.step_worlds import World, make_world
 from tests.executor.test_attention import FEATURES, largest_error

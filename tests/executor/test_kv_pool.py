@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from batchllm.executor.kv_pool import Extent, KvPool, LayerKv, bytes_per_token
+from batchllm.executor.kv_buffers import KvBuffers, LayerKv
+from batchllm.executor.kv_pool import Extent, KvPool, bytes_per_token
 
 LAYERS = (LayerKv(2, 4, 4), LayerKv(1, 6, 3))  # the second one stores narrow values padded
 
 
 def make_pool(capacity: int = 64) -> KvPool:
-    return KvPool(LAYERS, capacity, torch.float32)
+    return KvPool(KvBuffers.empty(LAYERS, capacity, torch.float32))
 
 
 class PoolModel:

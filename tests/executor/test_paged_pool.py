@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.kv_memory import KvMemory
-from batchllm.executor.kv_pool import LayerKv
 from batchllm.executor.paged_pool import PagedExtent, PagedPool
 
 PAGE = 4

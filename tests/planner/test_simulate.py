@@ -9,6 +9,7 @@ import pytest
 
 from batchllm.core import RequestTable, SamplingParams
 from batchllm.executor import scheduler as real
+from batchllm.executor.kv_buffers import KvBuffers
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.scheduler import Scheduler
 from batchllm.planner import leaf_slots
@@ -53,7 +54,7 @@ def random_job(random, longest):
 
 def scheduled(table, plan, options, compact):
     """(what each step does [steps, COLUMNS], the scheduler). `compact`: as if memory never fragmented."""
-    pool = KvPool([], options.kv_tokens, None)
+    pool = KvPool(KvBuffers.empty([], options.kv_tokens, None))
     scheduler = Scheduler(plan, table, pool, Known(), options.max_step_tokens, None, options.max_running)
     if compact:
         allocate = scheduler._try_allocate
