@@ -88,3 +88,16 @@ def test_tokens_steps_and_rows_are_uncorrelated() -> None:
             assert abs(np.corrcoef(numbers.ravel(), shifted.ravel())[0, 1]) < 0.01
         winners = np.bincount(numbers.argmax(axis=1) // 100, minlength=10)
         assert winners.min() > 15 and winners.max() < 70  # 40 expected
+
+
+def test_noise_is_exact_but_for_rounding() -> None:
+    """The kernel that draws in C counts on it: there 5e-5 of a score would matter."""
+    keys, counters = some_keys(1000)
+    words, tokens = draw_words(keys, counters).view(np.uint32), np.arange(1000, dtype=np.uint32)
+    bits = tokens * np.uint32(0x9E3779B1) ^ words[:, :1]
+    bits = (bits ^ bits >> 16) * np.uint32(0x7FEB352D) + words[:, 1:]
+    bits = (bits ^ bits >> 15) * np.uint32(0x846CA68B)
+    bits = (bits ^ bits >> 16) & np.uint32(0x7FFFFFFF)
+    numbers = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-31 * (1 - 2.0**-24))
+    expected = -np.log(-np.log1p(-numbers.astype(np.float64)))
+    assert abs(noise(keys, counters) - expected).max() < 5e-6

@@ -15,8 +15,10 @@ from transformers.generation.logits_process import (
 )
 
 from batchllm.core import SamplingParams
+from batchllm.executor import sampler
 from batchllm.executor.random_numbers import draw_words
 from batchllm.executor.sampler import _draw_sorted, _limited, choose_tokens, token_logprobs
+from tests.native import needs_kernels
 
 VOCABULARY = 211
 SETTINGS = [
@@ -26,6 +28,13 @@ SETTINGS = [
     for top_p in (0.05, 0.6, 0.95, 1.0)
     for min_p in (0.0, 0.03, 0.5)
 ]
+
+
+@pytest.fixture(autouse=True, params=["torch", pytest.param("native", marks=needs_kernels)])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which way tokens are drawn."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampler, "native_kernels", lambda _dtype: None)
 
 
 def random_logits(rows: int, seed: int = 0) -> Tensor:
