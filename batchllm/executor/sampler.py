@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from batchllm_kernels.cpu.draw import draw
+from batchllm_kernels.cpu.largest import take_largest
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -176,9 +177,17 @@ def _draw_sorted(logits: Tensor, params: SamplingParams, words: Tensor) -> int:
 
 
 def largest_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest logits [n, count] in falling order, and their tokens, of equal ones the smaller ids first."""
-    tokens = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
-    values, place = logits.gather(1, tokens).sort(dim=-1, descending=True, stable=True)
+    """The largest logits [n, count] in falling order, and their tokens, of equal ones the smaller ids first.
+
+    Which of the logits that equal the last one are left out is known only of the kernel in C: those with larger ids.
+    """
+    kernels = native_kernels(torch.bfloat16) if logits.device.type == "cpu" else None
+    if kernels is not None and logits.dtype == torch.float32:
+        values, tokens = take_largest(kernels, logits, count)
+    else:
+        tokens = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+        values = logits.gather(1, tokens)
+    values, place = values.sort(dim=-1, descending=True, stable=True)
     return values, tokens.gather(1, place)
 
 
