@@ -155,6 +155,44 @@ def test_masks_are_made_in_another_thread(llm: batchllm.LLM, monkeypatch: pytest
     assert len(made) == 6 and all(name.startswith("structure") for name in made)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_checked_tokens_are_those_that_masks_lead_to(
+    llm: batchllm.LLM, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Whether masks are made for every token, where the last was small, or only where tries have failed."""
+    asked = [
+        params(temperature=temperature, max_tokens=40, **limit)
+        for schema in SCHEMAS[:20]
+        for limit in (
+            {"json_schema": schema},
+            {"regex": r"[^q]*\."},
+            {"json_schema": schema, "top_p": 0.9},
+            {},
+        )
+    ]
+    asked.append(params(regex="[a-z]{9}", allowed_token_ids=byte_tokenizer().encode("12")))
+    found = []
+    for most in (2.0, structure._MOST, 0.0):
+        monkeypatch.setattr(structure, "_MOST", most)
+        made: list[int] = []
+        count_masks(monkeypatch, made)
+        found.append((answers(llm, asked), sum(made)))
+    (masked, every), (mixed, some), (checked, few) = found
+    assert masked == mixed == checked
+    assert masked[-1].error == "after 0 tokens no token is allowed by the row's parameters"
+    assert every > some > few
+
+
+def count_masks(monkeypatch: pytest.MonkeyPatch, made: list[int]) -> None:
+    allowed = structure.StructureMasks._allowed
+
+    def noted(self: Any, matchers: Any) -> Any:
+        made.append(len(matchers))
+        return allowed(self, matchers)
+
+    monkeypatch.setattr(structure.StructureMasks, "_allowed", noted)
+
+
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 100, 256])
 def test_what_has_no_bit_is_forbidden(native: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,24 +176,21 @@ class Engine:
         indices = np.array([len(run.output) for run in running], dtype=np.int64)
         keys = self._keys[[run.sequence for run in running]]
         ruled = self._ruled(rows, running)
-        tokens = choose_tokens(ruled, params, keys, indices)
+        draw = partial(choose_tokens, ruled, params, keys, indices)
+        tokens = draw() if self.structures is None else self.structures.choose(ruled, running, draw)
         if ruled is not rows or self.structures is not None:
             self._note_dead_ends(ruled, running, tokens)
-        if self.structures is not None:
-            self.structures.advance(running, tokens)
         self._forget_logits()
         note_top_logprobs(rows, running)
         wanted = any(chosen.logprobs for chosen in params)
         return tokens, token_logprobs(rows, tokens) if wanted else None
 
     def _ruled(self, rows: Tensor, running: list[Running]) -> Tensor:
-        """The logits [n, V] that tokens are chosen from. `rows` stay as they are where log-probabilities are wanted."""
+        """The logits [n, V] that tokens are chosen from, but for structure. `rows` stay as they are where
+        log-probabilities are wanted."""
         ruled = self.rules.apply(rows, running)
-        if self.structures is not None:
-            if ruled is rows and any(run.params.logprobs or run.params.top_logprobs for run in running):
-                ruled = rows.clone()
-            self.structures.apply(ruled, running)
-        return ruled
+        wants_logprobs = any(run.params.logprobs or run.params.top_logprobs for run in running)
+        return rows.clone() if self.structures is not None and ruled is rows and wants_logprobs else ruled
 
     def _note_dead_ends(self, ruled: Tensor, running: list[Running], tokens: np.ndarray) -> None:
         """A token that must not come is chosen only where none may."""

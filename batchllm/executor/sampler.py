@@ -29,19 +29,24 @@ _CHUNK = 2**18  # scores made at once, so that they stay in the cache
 
 
 def choose_tokens(
-    logits: Tensor, params: Sequence[SamplingParams], keys: NDArray[np.uint64], indices: NDArray[np.int64]
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    keys: NDArray[np.uint64],
+    indices: NDArray[np.int64],
+    rows: Sequence[int] | None = None,
 ) -> NDArray[np.int64]:
     """logits [n, V] float32; one SamplingParams, request key [n, 2] and output token index a row → [n] token ids.
 
-    Greedy rows take the largest logit, the first of equals. The others draw from the distribution that
-    transformers' processors give, in its order: temperature, top-k, top-p, min-p.
+    With `rows` only theirs, in this order. Greedy rows take the largest logit, the first of equals. The others draw
+    from the distribution that transformers' processors give, in its order: temperature, top-k, top-p, min-p.
     """
-    free = [row for row, chosen in enumerate(params) if not chosen.greedy and not _is_limited(chosen)]
-    limited = [row for row, chosen in enumerate(params) if not chosen.greedy and _is_limited(chosen)]
-    if not free and not limited:
+    rows = range(len(params)) if rows is None else rows
+    greedy = [row for row in rows if params[row].greedy]
+    free = [row for row in rows if not params[row].greedy and not is_limited(params[row])]
+    limited = [row for row in rows if not params[row].greedy and is_limited(params[row])]
+    if len(greedy) == len(params):
         return _largest(logits)
     tokens = torch.empty(len(params), dtype=torch.int64)
-    greedy = [row for row, chosen in enumerate(params) if chosen.greedy]
     if greedy:
         tokens[greedy] = torch.from_numpy(_largest(logits[greedy]))
     words = torch.from_numpy(draw_words(keys, indices))
@@ -50,7 +55,7 @@ def choose_tokens(
         tokens[free] = _draw_free(logits, torch.tensor(free), temperature, words[free])
     if limited:
         tokens[limited] = _draw_limited(logits[limited], [params[row] for row in limited], words[limited])
-    return tokens.numpy()
+    return tokens.numpy()[rows]
 
 
 def _largest(logits: Tensor) -> NDArray[np.int64]:
@@ -80,7 +85,7 @@ def note_top_logprobs(logits: Tensor, running: Sequence[Running]) -> None:
         running[row].top_logprobs.append(tuple(zip(ids[:count], logprobs[:count])))
 
 
-def _is_limited(params: SamplingParams) -> bool:
+def is_limited(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 

@@ -12,7 +12,9 @@ void batchllm_forbid(float *logits, const uint32_t *allowed, int64_t rows, int64
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const uint16_t *bits = (const uint16_t *)(allowed + row * allowed_row);
-        for (int64_t at = 0; at < size; at += LANES)
-            _mm512_mask_storeu_ps(logits + row * logits_row + at, ~bits[at / LANES] & first_lanes(size - at), never);
+        for (int64_t at = 0; at < size; at += LANES) {
+            const __mmask16 forbidden = ~bits[at / LANES] & first_lanes(size - at);
+            if (forbidden) _mm512_mask_storeu_ps(logits + row * logits_row + at, forbidden, never);
+        }
     }
 }
