@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from batchllm_kernels.cpu.draw import draw
 from batchllm_kernels.cpu.largest import take_largest
 from numpy.typing import NDArray
 from torch import Tensor
 
 from batchllm.core import SamplingParams
+from batchllm.executor.certain_draws import certain_tokens, is_drawn_freely
 from batchllm.executor.native import native_kernels
 from batchllm.executor.random_numbers import draw_words, gumbel_noise
 from batchllm.executor.running import Running
@@ -42,19 +42,27 @@ def choose_tokens(
     """
     rows = range(len(params)) if rows is None else rows
     greedy = [row for row in rows if params[row].greedy]
-    free = [row for row in rows if not params[row].greedy and not is_limited(params[row])]
-    limited = [row for row in rows if not params[row].greedy and is_limited(params[row])]
     if len(greedy) == len(params):
-        return _largest(logits)
-    tokens = torch.empty(len(params), dtype=torch.int64)
+        return _largest(logits)[rows]
+    tokens = torch.full((len(params),), -1)
     if greedy:
         tokens[greedy] = torch.from_numpy(_largest(logits[greedy]))
     words = torch.from_numpy(draw_words(keys, indices))
+    freely = [row for row in rows if not params[row].greedy and is_drawn_freely(params[row])]
+    if freely:
+        chosen = [params[row] for row in freely]
+        tokens[freely] = certain_tokens(
+            logits, torch.tensor(freely), chosen, _temperatures(chosen), words[freely]
+        )
+    left = [row for row, token in zip(rows, tokens[rows].tolist()) if token < 0]
+    free = [row for row in left if not is_limited(params[row])]
+    limited = [row for row in left if is_limited(params[row])]
     if free:
         temperature = _temperatures([params[row] for row in free])
         tokens[free] = _draw_free(logits, torch.tensor(free), temperature, words[free])
     if limited:
-        tokens[limited] = _draw_limited(logits[limited], [params[row] for row in limited], words[limited])
+        some = logits if limited == list(range(len(logits))) else logits[limited]
+        tokens[limited] = _draw_limited(some, [params[row] for row in limited], words[limited])
     return tokens.numpy()[rows]
 
 
@@ -95,23 +103,7 @@ def _temperatures(params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _draw_free(logits: Tensor, rows: Tensor, temperature: Tensor, words: Tensor) -> Tensor:
-    """Tokens of these rows, from the whole vocabulary.
-
-    The kernel in C gives the tokens of `_draw_by_scores`: it decides only where the best score leads by 1e-4, several
-    times what rounding can come to in float32, and leaves one row in ten thousand to it.
-    """
-    kernels = native_kernels(torch.bfloat16)
-    if kernels is None:
-        return _draw_by_scores(logits, rows, temperature, words)
-    tokens: Tensor = draw(kernels, logits, rows, temperature.flatten(), words)
-    left = (tokens < 0).nonzero().flatten()
-    if len(left):
-        tokens[left] = _draw_by_scores(logits, rows[left], temperature[left], words[left])
-    return tokens
-
-
-def _draw_by_scores(logits: Tensor, rows: Tensor, temperature: Tensor, words: Tensor) -> Tensor:
-    """Tokens of these rows from all their scores."""
+    """Tokens of these rows, from the whole vocabulary."""
     tokens = torch.empty(len(rows), dtype=torch.int64)
     vocabulary = torch.arange(logits.shape[1], dtype=torch.int32)
     for part in torch.split(torch.arange(len(rows)), max(1, _CHUNK // logits.shape[1])):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
-from batchllm_kernels.cpu.draw import draw
+from batchllm_kernels.cpu.draw import draw, stand
 from torch import Tensor
 
 from batchllm.executor.native import native_kernels
 from batchllm.executor.random_numbers import draw_words, gumbel_noise
-from batchllm.executor.sampler import _draw_by_scores, _draw_free
+from batchllm.executor.sampler import _draw_free
 from tests.native import needs_kernels
 
 pytestmark = needs_kernels
@@ -19,6 +21,12 @@ NEVER = float("-inf")
 
 def normal(rows: int, size: int, scale: float = 3.0) -> Tensor:
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(size)) * scale
+
+
+def kernels() -> ctypes.CDLL:
+    found = native_kernels(torch.bfloat16)
+    assert found is not None
+    return found
 
 
 def some_words(rows: int) -> Tensor:
@@ -31,11 +39,8 @@ def both(logits: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Ten
     rows = torch.arange(len(logits))
     temperatures = torch.as_tensor(temperature, dtype=torch.float32).expand(len(logits)).contiguous()
     words = some_words(len(logits))
-    kernels = native_kernels(torch.bfloat16)
-    assert kernels is not None
-    ours = draw(kernels, logits, rows, temperatures, words)
-    theirs = _draw_by_scores(logits, rows, temperatures.unsqueeze(1), words)
-    assert torch.equal(_draw_free(logits, rows, temperatures.unsqueeze(1), words), theirs)
+    ours = draw(kernels(), logits, rows, temperatures, words)
+    theirs = _draw_free(logits, rows, temperatures.unsqueeze(1), words)
     return ours, theirs
 
 
@@ -107,7 +112,32 @@ def test_rows_lie_anywhere() -> None:
     """A few rows in any order, out of a wider tensor, at temperatures and words of their own."""
     wide = normal(40, 500)
     rows = torch.tensor([39, 0, 7, 7])
-    words, temperature = some_words(4), torch.tensor([[0.5], [1.0], [2.0], [3.0]])
+    words, temperature = some_words(4), torch.tensor([0.5, 1.0, 2.0, 3.0])
     for logits in (wide[:, 50:383], wide[:1, 50:383].expand(40, -1)):
-        expected = _draw_by_scores(logits.clone(), rows, temperature, words)
-        assert torch.equal(_draw_free(logits, rows, temperature, words), expected)
+        expected = _draw_free(logits.clone(), rows, temperature.unsqueeze(1), words)
+        assert torch.equal(draw(kernels(), logits, rows, temperature, words), expected)
+
+
+@pytest.mark.parametrize("size", [1, 16, 65, 4000])
+def test_where_a_token_stands(size: int) -> None:
+    logits = normal(60, size).round()  # with ties
+    logits[:, size // 2 + 1 :: 2] = NEVER
+    tokens = torch.arange(60) % (size // 2 + 1)
+    tokens[::7] = -1
+    temperature = torch.rand(60, generator=torch.Generator().manual_seed(3)) + 0.5
+    weights = stand(kernels(), logits, torch.arange(60), temperature, tokens)
+    assert (weights[::7] == 0).all()
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature.unsqueeze(1)
+    for row in (tokens >= 0).nonzero().flatten().tolist():
+        others = scaled[row] >= scaled[row, tokens[row]]
+        others[tokens[row]] = False
+        parts = [scaled[row, others], scaled[row, tokens[row]], scaled[row]]
+        expected = torch.stack([part.exp().sum() for part in parts])
+        torch.testing.assert_close(weights[row].double(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_tokens_only_just_below_stand_before() -> None:
+    """Rounding of other ways to compute it could put them there."""
+    logits = torch.tensor([[1.0, 2.0, 2.0 - 5e-5, 2.0 - 3e-4]])
+    weights = stand(kernels(), logits, torch.tensor([0]), torch.tensor([1.0]), torch.tensor([1]))
+    assert 0.999 < weights[0, 0] < 1.0

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from batchllm_kernels.cpu.largest import take_largest
 from torch import Tensor
 
-from batchllm.core import SamplingParams
-from batchllm.executor import sampler
 from batchllm.executor.native import native_kernels
-from batchllm.executor.sampler import choose_tokens, largest_logits
+from batchllm.executor.sampler import largest_logits
 from tests.native import needs_kernels
 
 pytestmark = needs_kernels
@@ -79,19 +76,3 @@ def test_nan_does_no_harm() -> None:
     logits[2, 5] = float("nan")
     _, tokens = largest_logits(logits, 257)
     assert all(len(set(row)) == 257 and min(row) >= 0 and max(row) < 600 for row in tokens.tolist())
-
-
-def test_limits_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows as they come out of a model in bfloat16, with many equal logits, with the kernels and with torch."""
-    limits = [{"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8}, {"top_k": 400}]
-    params = [
-        SamplingParams(temperature=temperature, **limit)
-        for limit in limits
-        for temperature in (0.3, 1.0, 1.5)
-    ] * 30
-    logits = normal(len(params), 3000).bfloat16().float()
-    logits[::2] *= 2
-    keys = np.random.default_rng(0).integers(0, 2**64, (len(params), 2), dtype=np.uint64)
-    with_kernels = choose_tokens(logits, params, keys, np.arange(len(params)))
-    monkeypatch.setattr(sampler, "native_kernels", lambda _dtype: None)
-    assert (choose_tokens(logits, params, keys, np.arange(len(params))) == with_kernels).all()

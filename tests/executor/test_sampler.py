@@ -15,10 +15,9 @@ from transformers.generation.logits_process import (
 )
 
 from batchllm.core import SamplingParams
-from batchllm.executor import sampler
 from batchllm.executor.random_numbers import draw_words
 from batchllm.executor.sampler import _draw_sorted, _limited, choose_tokens, token_logprobs
-from tests.native import needs_kernels
+from tests.native import needs_kernels, sample_with_torch
 
 VOCABULARY = 211
 SETTINGS = [
@@ -34,7 +33,7 @@ SETTINGS = [
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which way tokens are drawn."""
     if request.param == "torch":
-        monkeypatch.setattr(sampler, "native_kernels", lambda _dtype: None)
+        sample_with_torch(monkeypatch)
 
 
 def random_logits(rows: int, seed: int = 0) -> Tensor:

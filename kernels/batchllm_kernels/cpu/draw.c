@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "bfloat16.h"
+#include "power.h"
 
 enum { UNDECIDED = -1, VECTORS = 4, BLOCK = VECTORS * LANES };
 
@@ -135,4 +136,36 @@ void batchllm_draw(const float *logits, const int64_t *rows, const float *temper
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < count; n++)
         tokens[n] = draw(logits + rows[n] * logits_row, size, temperatures[n], words + 2 * n);
+}
+
+/* Three weights, as shares of the largest logit's: of other tokens with a larger scaled logit, or one less than DOUBT
+ * below; of the token itself; of all. */
+static void stand(const float *logits, int64_t size, float temperature, int64_t token, float *weights)
+{
+    const float largest = largest_logit(logits, size), own = (logits[token] - largest) / temperature * LOG2E;
+    const __m512 top = _mm512_set1_ps(largest), factor = _mm512_set1_ps(LOG2E / temperature);
+    const __m512 least = _mm512_set1_ps(own - DOUBT * LOG2E);
+    __m512 above = _mm512_setzero_ps(), total = _mm512_setzero_ps();
+    for (int64_t at = 0; at < size; at += LANES) {
+        __mmask16 lanes = first_lanes(size - at);
+        __m512 power = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, logits + at), top), factor);
+        __mmask16 before = _mm512_mask_cmp_ps_mask(lanes, power, least, _CMP_GE_OQ);
+        if (token - at >= 0 && token - at < LANES) before &= ~(1 << (token - at));
+        __m512 weight = power_of_two(power);
+        total = _mm512_mask_add_ps(total, lanes, total, weight);
+        above = _mm512_mask_add_ps(above, before, above, weight);
+    }
+    weights[0] = _mm512_reduce_add_ps(above);
+    weights[1] = exp2f(own);
+    weights[2] = _mm512_reduce_add_ps(total);
+}
+
+/* `stand` for the tokens [count] of these rows that are not UNDECIDED; weights [count][3]. */
+void batchllm_stand(const float *logits, const int64_t *rows, const float *temperatures, const int64_t *tokens,
+                    float *weights, int64_t count, int64_t size, int64_t logits_row)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < count; n++)
+        if (tokens[n] != UNDECIDED)
+            stand(logits + rows[n] * logits_row, size, temperatures[n], tokens[n], weights + 3 * n);
 }

@@ -24,3 +24,20 @@ def draw(kernels: ctypes.CDLL, logits: Tensor, rows: Tensor, temperature: Tensor
         *counts(len(rows), logits.shape[1], logits.stride(0)),
     )
     return tokens
+
+
+def stand(kernels: ctypes.CDLL, logits: Tensor, rows: Tensor, temperature: Tensor, tokens: Tensor) -> Tensor:
+    """Where drawn tokens [n], of the same rows, stand among the others: float32 [n, 3] weights.
+
+    That of the tokens with a larger scaled logit, or one less than 1e-4 below; the token's own; that of all. They are
+    shares of the largest logit's; sums of up to 250,000 err by less than 1e-3 of themselves, and mostly by 1e-6. Rows
+    with a negative token have zeros.
+    """
+    assert logits.dtype == temperature.dtype == torch.float32
+    assert logits.stride(1) == 1 and tokens.is_contiguous() and temperature.is_contiguous()
+    weights = torch.zeros(len(rows), 3)
+    kernels.batchllm_stand(
+        *map(address, (logits, rows, temperature, tokens, weights)),
+        *counts(len(rows), logits.shape[1], logits.stride(0)),
+    )
+    return weights
