@@ -24,7 +24,7 @@ class TiledReads:
 
 
 class _Job(ctypes.Structure):
-    """As in attention.c."""
+    """As in rows.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks")),

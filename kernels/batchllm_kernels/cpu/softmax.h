@@ -39,16 +39,28 @@ static inline float largest_score(const float *scores, int64_t vectors)
     return _mm512_reduce_max_ps(_mm512_max_ps(even, odd));
 }
 
+/* 2^x to 8 parts in 100,000: weights are rounded to 1 in 500. */
+static inline __m512 weight_of(__m512 x)
+{
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 sum = _mm512_set1_ps(5.51708047e-02f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.42609277e-01f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93260957e-01f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.99928190e-01f));
+    return _mm512_scalef_ps(sum, whole);
+}
+
 /* weights [vectors, made even][16] = 2^(scores * scale - top), where top is the largest of scores * scale or more.
  * Returns their sum in parts, before they are rounded. */
 static inline __m512 weigh(const float *scores, bf16 *weights, int64_t vectors, float scale, float top)
 {
     __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(top), sum = _mm512_setzero_ps(), other = sum;
     for (int64_t v = 0; v < vectors; v += 2) {
-        __m512 one = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + v * LANES), factor, shift));
+        __m512 one = weight_of(_mm512_fmsub_ps(_mm512_load_ps(scores + v * LANES), factor, shift));
         __m512 two = _mm512_setzero_ps();
         if (v + 1 < vectors)
-            two = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + (v + 1) * LANES), factor, shift));
+            two = weight_of(_mm512_fmsub_ps(_mm512_load_ps(scores + (v + 1) * LANES), factor, shift));
         sum = _mm512_add_ps(sum, one);
         other = _mm512_add_ps(other, two);
         _mm512_store_si512(weights + v * LANES, (__m512i)_mm512_cvtne2ps_pbh(two, one));
