@@ -170,6 +170,7 @@ def test_checked_tokens_are_those_that_masks_lead_to(
             {},
         )
     ]
+    monkeypatch.setattr(structure, "_FEW", 1)
     asked.append(params(regex="[a-z]{9}", allowed_token_ids=byte_tokenizer().encode("12")))
     found = []
     for most in (2.0, structure._MOST, 0.0):

@@ -30,7 +30,8 @@ from batchllm.executor.sampler import is_limited
 
 _COMPILED = 1024  # grammars kept
 _MOST = 0.5  # of the vocabulary: a mask that allows as much is followed by no other
-_TRIES = 3  # tokens drawn without a mask before it is made after all
+_TRIES = 4  # tokens drawn without a mask before it is made after all
+_FEW = 8  # rows refused at a time that get masks at once: to draw again would take longer
 _COUNTED = 8  # how much a mask allows is seen from one in so many of its words
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 # [256, 8] what is added to eight logits, by a byte of bits that say which tokens may come.
@@ -72,7 +73,7 @@ class StructureMasks:
         tokens = draw(range(len(runs)))
         refused, tries = self._take_in(runs, rows, tokens), 1
         while refused:
-            if tries < _TRIES:
+            if tries < _TRIES and len(refused) > _FEW:
                 logits[refused, torch.from_numpy(tokens[refused])] = -torch.inf
             else:
                 self._make([runs[row].sequence for row in refused])
