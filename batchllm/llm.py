@@ -19,6 +19,7 @@ from batchllm.candidates import Candidates
 from batchllm.core import PromptTable, RequestResult
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import prompts_from_list
+from batchllm.dataset.prompts import Prompt, conversation_prompts
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.device import choose_device, this_machine
 from batchllm.executor.gate import check_lengths
@@ -176,23 +177,35 @@ class LLM:
         messages: Sequence[Any],
         sampling_params: core.SamplingParams | Sequence[core.SamplingParams] | None = None,
         use_tqdm: bool = True,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
     ) -> list[RequestOutput]:
-        """`generate` for one conversation or a list of them, through the model's chat template."""
+        """`generate` for one conversation or a list of them, through the model's chat template.
+
+        The model answers, or with `continue_final_message` goes on with the last message; `chat_template_kwargs` are
+        what else the template takes, such as `enable_thinking`. Raises ValueError for arguments that it cannot take.
+        A conversation that is wrong gives an output with `error` set, and the others are answered.
+        """
         if self._tokenizer is None:
             raise ValueError("chat needs a tokenizer, and the LLM was made with skip_tokenizer_init=True")
+        if isinstance(messages, str):
+            raise ValueError("chat takes a list of messages, or a list of such lists; found text")
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [
-            self._tokenizer.apply_chat_template(
-                list(conversation),
-                add_generation_prompt=add_generation_prompt,
-                return_dict=False,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in many
-        ]
-        return self.generate([list(ids) for ids in prompts], sampling_params, use_tqdm)
+        given = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message or None,
+            "tools": list(tools) if isinstance(tools, tuple) else tools,
+            "chat_template": chat_template,
+        }
+        args = dict(chat_template_kwargs or {}) | {k: v for k, v in given.items() if v is not None}
+        texts = conversation_prompts(self._tokenizer, many, args)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        shown = [text.text if isinstance(text, Prompt) else "" for text in texts]
+        return self._answer(shown, prompts_from_list(texts, params, self._tokenizer), use_tqdm)
 
     def score(
         self, contexts: Sequence[Any], continuations: Sequence[Any], use_tqdm: bool = True

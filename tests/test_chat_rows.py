@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from batchllm import LLM, SamplingParams
 from batchllm.dataset.chat_args import ChatArgs
+from batchllm.dataset.prompts import PromptRenderer
 from batchllm.dataset.rows import RowFault
 from batchllm.errors import JobError
+from batchllm.job import PromptSpec
 from tests.jobs import exit_code_of, make_job, read_output, save_model
+from tests.tiny_tokenizer import byte_tokenizer
 
 TEMPLATE = (
     "{% if tools %}tools: {% for tool in tools %}{{ tool['name'] }} {% endfor %}{% endif %}"
@@ -67,8 +73,8 @@ def test_the_model_goes_on_with_the_last_message(tmp_path: Path, model: Path) ->
     assert prompt_lengths(tmp_path, model, rows, template_args={"column": "args"}) == [
         len(going_on),
         len(going_on + "\n[assistant] (no thinking) "),
-        "column `args`: tokenize cannot be set",
-        "column `args` must hold a mapping of arguments for the chat template",
+        "column `args`: tokenize cannot be set; remove it",
+        "column `args` must hold a mapping of arguments for the chat template, or JSON of one",
     ]
     everywhere = {"continue_final_message": True, "thinking": True}
     assert prompt_lengths(tmp_path / "b", model, rows, template_args=everywhere) == [len(going_on)] * 4
@@ -81,6 +87,167 @@ def test_columns_that_are_not_there_are_named() -> None:
         ChatArgs({"tools": {"column": "tolls"}}, ["tools"], "job")
     with pytest.raises(JobError, match=r"prompt.template_args: there is no column `x`"):
         ChatArgs({"column": "x"}, ["tools"], "job")
-    assert ChatArgs({"a": 1}, [], "job").of({}) == {"a": 1, "add_generation_prompt": True, "tokenize": False}
+    assert ChatArgs({"a": 1}, [], "job").of({}) == {"a": 1, "add_generation_prompt": True}
     structs = ChatArgs({"tools": {"column": "t"}}, ["t"], "job").of({"t": [{"a": 1, "b": None}]})
     assert not isinstance(structs, RowFault) and structs["tools"] == [{"a": 1}]
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALLS = (
+    "{% for m in messages %}{% if m.role == 'alien' %}{{ raise_exception('no such role') }}{% endif %}<{{ m.role }}>"
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}</>\n{% endfor %}"
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def reply(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    calls = [{"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def prompts(rows: list[Any], args: dict[str, Any] | None = None, **columns: list[Any]) -> list[str]:
+    batch = pa.RecordBatch.from_pydict({"m": rows, **columns})
+    spec = PromptSpec(column="m", template_args=args or {})
+    rendered = PromptRenderer(spec, tokenizer(), batch.schema).render(batch)
+    return [f"! {item.reason}" if isinstance(item, RowFault) else item.text for item in rendered]
+
+
+def tokenizer() -> Any:
+    made = byte_tokenizer()
+    made.chat_template = CALLS
+    return made
+
+
+def direct(messages: list[Any], **args: Any) -> str:
+    begins = not args.get("continue_final_message")
+    return str(
+        tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=begins, **args)
+    )
+
+
+def test_calls_and_results_of_tools_read_as_the_template_expects() -> None:
+    answer = {"role": "tool", "content": "", "tool_call_id": "1"}
+    weather = [user("?"), call("weather", {"city": "Paris"}), answer]
+    time = [user("?"), call("time", {"zone": "x"}), {**answer, "content": "noon"}]
+    wanted = [direct(weather), direct(time)]
+    assert '{"name": "weather", "arguments": {"city": "Paris"}}' in wanted[0]
+    assert prompts([weather, time]) == wanted, "structs, which have the fields of all rows"
+    as_text = [
+        [conversation[0], call(name, arguments), conversation[2]]
+        for conversation, name, arguments in (
+            (weather, "weather", '{"city": "Paris"}'),
+            (time, "time", '{"zone": "x"}'),
+        )
+    ]
+    assert prompts(as_text) == wanted
+    assert prompts([json.dumps(row) for row in as_text]) == wanted
+    nothing = [user("a"), {**reply("b"), "tool_calls": []}, user("c")]
+    assert prompts([nothing]) == [direct([user("a"), reply("b"), user("c")])]
+    assert prompts([[user("a"), call("f", "not json"), user("b")]]) == [
+        direct([user("a"), call("f", "not json"), user("b")])
+    ]
+
+
+def test_bad_conversations_are_faults_of_their_rows() -> None:
+    rows = [[user("a")], {"role": "user", "content": "a"}, [{"content": "a"}], [user("a"), "b"], []]
+    rows += [[{"role": "alien", "content": "a"}], [{"other": 1}], {"a": 1}]
+    assert prompts([json.dumps(row) for row in rows]) == [
+        direct([user("a")]),
+        "! column `m`: one message stands alone; put it into a list",
+        "! column `m`: message 1 has no role",
+        "! column `m`: message 2 has no role",
+        "! column `m`: the conversation has no messages",
+        "! chat template: no such role",
+        '[{"other": 1}]',
+        '{"a": 1}',
+    ]
+
+
+def test_only_a_message_of_the_model_is_gone_on_with() -> None:
+    rows = [
+        [user("a"), reply("b ")],
+        [user("a")],
+        [user("a"), reply("<think>c</think>b")],
+        [user("a"), reply("")],
+    ]
+    going_on = {"continue_final_message": True}
+    assert prompts(rows, going_on) == [
+        direct(rows[0], **going_on),
+        "! continue_final_message needs a last message of the model, found one of role user",
+        "! continue_final_message: the chat template leaves out or changes some of the last message "
+        "(most drop its reasoning), so that it cannot be continued",
+        "<user>a</>\n<assistant>",
+    ]
+
+
+def test_wrong_tools_of_a_row() -> None:
+    tools = ["oops", '["x"]', json.dumps([TOOL]), None]
+    assert prompts([[user("a")]] * 4, {"tools": {"column": "t"}}, t=tools) == [
+        "! column `t`: tools must be a list of mappings, or JSON of one, found the text `oops`",
+        "! column `t`: tools must be a list of mappings, found one that holds the text `x`",
+        direct([user("a")], tools=[TOOL]),
+        direct([user("a")]),
+    ]
+    assert prompts([[user("a")]], {"tools": json.dumps([TOOL])}) == [direct([user("a")], tools=[TOOL])]
+
+
+def test_an_argument_that_the_template_ignores_is_refused() -> None:
+    said = "the model's chat template does not use `enable_thinkng`; did you mean `enable_thinking`?"
+    args = ['{"enable_thinkng": false}', '{"enable_thinking": false}', '{"nonsense": null}']
+    assert prompts([[user("a")]] * 3, {"column": "given"}, given=args) == [
+        f"! column `given`: {said}",
+        direct([user("a")], enable_thinking=False),
+        direct([user("a")]),
+    ]
+    for wrong, message in (
+        ({"enable_thinkng": False}, f"job: prompt.template_args: {said}"),
+        ({"documents": [{"text": "a"}]}, "does not use `documents`"),
+        ({"tools": "oops"}, "job: prompt.template_args: tools must be a list"),
+        ({"chat_template": 5}, "chat_template must be text, found the number 5"),
+        ({"add_generation_prompt": "yes"}, "add_generation_prompt must be true or false"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "begins one; remove one"),
+    ):
+        with pytest.raises(JobError, match=re.escape(message)):
+            prompts([[user("a")]], wrong)
+
+
+def test_chat_in_memory_takes_the_same(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    (folder / "chat_template.jinja").write_text(CALLS)
+    llm = LLM(str(folder), device="cpu")
+
+    def asked(messages: list[Any], **args: Any) -> list[str | None]:
+        outputs = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False, **args)
+        return [output.outputs[0].error or output.prompt for output in outputs]
+
+    turns = [user("a"), reply("b ")]
+    assert asked(turns, continue_final_message=True, add_generation_prompt=False) == [
+        "<user>a</>\n<assistant>b "
+    ]
+    called = [user("a"), call("f", '{"x": 1}'), {"role": "tool", "content": "", "tool_call_id": "1"}]
+    plain = [user("a"), call("f", {"x": 1}), {"role": "tool", "content": "", "tool_call_id": "1"}]
+    assert asked([called, [{"content": "x"}], [user("a")]], tools=[TOOL]) == [
+        direct(plain, tools=[TOOL]),
+        "message 1 has no role",
+        direct([user("a")], tools=[TOOL]),
+    ]
+    assert asked([user("a")], chat_template_kwargs={"enable_thinking": False}) == [
+        direct([user("a")], enable_thinking=False)
+    ]
+    for wrong in (
+        {"tools": "x"},
+        {"chat_template_kwargs": {"nonsense": 1}},
+        {"chat_template_kwargs": {"tokenize": True}},
+    ):
+        with pytest.raises(ValueError, match=r"tools must be|does not use `nonsense`|tokenize cannot be set"):
+            asked([user("a")], **wrong)

@@ -79,6 +79,19 @@ def bad_line(custom_id: str, kind: int) -> tuple[str | bytes, str, str, bool]:
         (chat(top_logprobs=3), "invalid_parameter", "needs logprobs: true", True),
         (chat(min_tokens=9, max_tokens=3), "invalid_parameter", "body.min_tokens 9 but max_tokens 3", True),
         (chat(tools="x"), "invalid_parameter", "body.tools must be a list", True),
+        (
+            chat(chat_template_kwargs={"tokenize": True}),
+            "invalid_parameter",
+            "body.chat_template_kwargs.tokenize cannot be set",
+            True,
+        ),
+        (
+            chat(chat_template_kwargs={"thinking": True}),
+            "cannot_be_answered",
+            "the model's chat template does not use `thinking`",
+            True,
+        ),
+        (chat(continue_final_message=True), "cannot_be_answered", "needs a last message of the model", True),
         (chat(tool_choice="required"), "unsupported_parameter", "body.tool_choice", True),
         (
             chat(response_format={"type": "xml"}),

@@ -192,11 +192,12 @@ def _kept_columns(job: JobSpec, schema: pa.Schema) -> list[str]:
 
 
 def prompts_from_list(
-    prompts: Sequence[str | Sequence[int] | Mapping[str, Any]],
+    prompts: Sequence[str | Sequence[int] | Mapping[str, Any] | Prompt | RowFault],
     params: SamplingParams | Sequence[SamplingParams],
     tokenizer: Any,
 ) -> PromptTable:
-    """A table of prompts that are in memory: texts, token ids, or `{prompt: ...}` / `{prompt_token_ids: ...}`.
+    """A table of prompts that are in memory: texts, token ids, `{prompt: ...}` / `{prompt_token_ids: ...}`, or
+    prompts and faults as a renderer makes them.
 
     `params` is one for all or one for each. Raises ValueError when their numbers differ and TypeError for a
     prompt of another kind; an empty prompt is a fault of its row.
@@ -208,7 +209,10 @@ def prompts_from_list(
         )
     index_of: dict[SamplingParams, int] = {}
     params_of = [index_of.setdefault(item, len(index_of)) for item in params_list]
-    contents = [_content(prompt, row) for row, prompt in enumerate(prompts)]
+    contents = [
+        prompt if isinstance(prompt, Prompt | RowFault) else _content(prompt, row)
+        for row, prompt in enumerate(prompts)
+    ]
     empty = RowFault("the prompt is empty")
     texts = [
         (Prompt(content, True) if content else empty) if isinstance(content, str) else content or empty

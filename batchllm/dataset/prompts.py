@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from batchllm.dataset.chat_args import ChatArgs
+from batchllm.dataset.chat_args import ChatArgs, with_defaults, wrong_args
+from batchllm.dataset.chat_template import ChatTemplate
 from batchllm.dataset.chunk_marks import Span, with_marks, without_marks
-from batchllm.dataset.messages import clean_messages, parse_messages
+from batchllm.dataset.messages import clean_messages, parse_messages, without_nulls
 from batchllm.dataset.reorder import FreePart, is_list
 from batchllm.dataset.rows import RowFault
 from batchllm.dataset.templates import RowTemplate
@@ -40,16 +41,21 @@ class PromptRenderer:
         chunk_column: str | None = None,
     ) -> None:
         self._plan = PromptPlan(prompt, schema, source, chunk_column)
-        self._tokenizer = tokenizer
         self._chunks = chunk_column
-        has_template = getattr(tokenizer, "chat_template", None) or prompt.template_args.get("chat_template")
-        self._no_chat = None if has_template else RowFault("the model's tokenizer has no chat template")
-        if self._plan.is_chat and self._no_chat:
+        own = prompt.template_args.get("chat_template")
+        self._template = ChatTemplate(tokenizer, own)
+        if self._plan.is_chat and not self._template.exists:
             key = "prompt.messages" if prompt.messages else "prompt.column"
             raise ModelError(
                 f"{source}: {key} needs a chat template and the model's tokenizer has none; "
                 f"write the prompt with prompt.text, or give prompt.template_args.chat_template"
             )
+        named = (
+            self._plan.chat_args.names_of_job() if self._template.exists and not isinstance(own, dict) else []
+        )
+        unknown = self._template.unknown(named)
+        if unknown is not None:
+            raise JobError(f"{source}: prompt.template_args: {unknown}")
         self.columns = self._plan.columns
         self.free = self._plan.free
 
@@ -92,18 +98,41 @@ class PromptRenderer:
         return found if isinstance(found, RowFault) else Prompt(found[0], not is_chat, found[1])
 
     def _chat(self, messages: list[Any], values: Values) -> str | RowFault:
-        if self._no_chat:
-            return self._no_chat
+        if not self._template.exists:
+            return RowFault("the model's tokenizer has no chat template")
         cleaned = clean_messages(messages)
         if isinstance(cleaned, RowFault):
-            return cleaned
+            return self._plan.in_column(cleaned)
         args = self._plan.chat_args.of(values)
         if isinstance(args, RowFault):
             return args
-        try:
-            return str(self._tokenizer.apply_chat_template(cleaned, **args))
-        except Exception as error:  # a chat template refuses what it does not like, each in its own way
-            return RowFault(f"chat template: {error or type(error).__name__}")
+        column = self._plan.chat_args.column_of_all
+        unknown = self._template.unknown(args, args.get("chat_template")) if column else None
+        if unknown is not None:
+            return RowFault(f"column `{column}`: {unknown}")
+        return self._template.render(cleaned, args)
+
+
+def conversation_prompts(
+    tokenizer: Any, conversations: Sequence[Any], args: Mapping[str, Any]
+) -> list[Prompt | RowFault]:
+    """One prompt or fault per conversation in memory. Raises ValueError for arguments that the template cannot take."""
+    template = ChatTemplate(tokenizer, args.get("chat_template"))
+    if not template.exists:
+        raise ValueError("the model's tokenizer has no chat template; give chat_template, or use generate")
+    args = {name: value for name, value in args.items() if value is not None}
+    wrong = wrong_args(args) or template.unknown(args)
+    if wrong is not None:
+        raise ValueError(wrong)
+    texts = []
+    for messages in conversations:
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+        found = (
+            clean_messages(list(messages)) if is_list else RowFault("a conversation is a list of messages")
+        )
+        texts.append(found if isinstance(found, RowFault) else template.render(found, with_defaults(args)))
+    empty = RowFault("the prompt is empty")
+    return [text if isinstance(text, RowFault) else Prompt(text, False) if text else empty for text in texts]
 
 
 class PromptPlan:
@@ -167,11 +196,20 @@ class PromptPlan:
             fault = next((value for value in row if isinstance(value, RowFault)), None)
             yield dict(zip(self.columns, row)) if fault is None else fault
 
+    def in_column(self, fault: RowFault) -> RowFault:
+        """A fault of a conversation, with the column that holds it, if one does."""
+        return fault if self._column is None else RowFault(f"column `{self._column}`: {fault.reason}")
+
     def content(self, values: Values) -> str | list[Any] | RowFault:
         """A text to send as it is, or a list of messages."""
         if self._column is not None:
             value = values[self._column]
-            return value if isinstance(value, list) else parse_messages(str(value)) or str(value)
+            if isinstance(value, list):
+                return list(without_nulls(value))
+            messages = parse_messages(str(value))
+            if isinstance(messages, RowFault):
+                return self.in_column(messages)
+            return str(value) if messages is None else messages
         texts = [template.render(values) for template in self._templates]
         fault = next((text for text in texts if isinstance(text, RowFault)), None)
         if fault is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from batchllm.dataset.chat_args import wrong_args
 from batchllm.dataset.messages import clean_messages, parse_messages
 from batchllm.dataset.rows import RowFault
 from batchllm.job_errors import describe
@@ -250,4 +251,8 @@ def _template_args(body: Mapping[str, Any]) -> dict[str, Any]:
             raise BadLine("invalid_parameter", "body.tools must be a list of objects")
         if tools and body.get("tool_choice") != "none":
             args["tools"] = tools
+    wrong = wrong_args({**extra, **args})
+    if wrong is not None:
+        place = "body." if wrong.partition(" ")[0] in args else "body.chat_template_kwargs."
+        raise BadLine("invalid_parameter", place + wrong)
     return {**extra, **args}

@@ -145,7 +145,7 @@ def test_template_args_reach_the_chat_template() -> None:
     assert rendered(QUESTIONS, messages=messages, template_args=args)[0] == "[user]x\n!"
     args = {"chat_template": "{{ messages[0].content }}"}
     assert rendered(QUESTIONS, byte_tokenizer(None), messages=messages, template_args=args)[0] == "x"
-    with pytest.raises(JobError, match=r"prompt\.template_args\.tokenize cannot be set"):
+    with pytest.raises(JobError, match=r"prompt\.template_args: tokenize cannot be set"):
         renderer(QUESTIONS, messages=messages, template_args={"tokenize": True})
 
 
@@ -193,11 +193,11 @@ def test_a_column_of_conversations() -> None:
     made = renderer(batch_of(m=conversations), column="m")
     assert made.render(batch_of(m=conversations)) == [
         Prompt("[user]a\n[assistant]b\n[assistant]", False),
-        RowFault("message 1 has no content"),
-        RowFault("the conversation has no messages"),
+        RowFault("column `m`: message 1 has no content"),
+        RowFault("column `m`: the conversation has no messages"),
         RowFault("column `m` is null"),
-        RowFault("message 1 has no role"),
-        RowFault("message 1 has no role"),
+        RowFault("column `m`: message 1 has no role"),
+        RowFault("column `m`: message 1 has no role"),
     ]
 
 
@@ -206,8 +206,8 @@ def test_conversations_written_as_json() -> None:
     image = '[{"role": "user", "content": [{"type": "image", "url": "x"}]}]'
     batch = batch_of(m=[' [{"role": "user", "content": "a"}]', parts, image, '[{"role": "user"}]'])
     assert rendered(batch, column="m") == [
-        "[user]a\n[assistant]", "[user]a\nb\n[assistant]", "! message 1 has content that is not text",
-        "! message 1 has no content",
+        "[user]a\n[assistant]", "[user]a\nb\n[assistant]", "! column `m`: message 1 has content that is not text",
+        "! column `m`: message 1 has no content",
     ]  # fmt: skip
     without = rendered(batch, byte_tokenizer(None), column="m")
     assert without[0] == "! the model's tokenizer has no chat template"
