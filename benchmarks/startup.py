@@ -162,7 +162,9 @@ class Commands:
     def wall_seconds(self, engine: str, arguments: list[str]) -> float:
         """From process start to its end. Raises EngineFailed."""
         python, environment = self._interpreters.of(engine.split("-")[0])
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else our modules are compiled every time: theirs are not
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # else our modules are compiled every time: theirs are not
         if engine == "batchllm":
             python = self._python
         started = time.monotonic()
