@@ -27,6 +27,10 @@ class Backend(Protocol):
         """KV bytes of one token over all layers."""
         ...
 
+    def release_kept(self) -> None:
+        """Memory kept from an earlier pool goes back to the system, where it counts as free."""
+        ...
+
     def attention(self, pool: Any, batch: StepBatch) -> StepAttention:
         """`pool` is one that this backend made."""
         ...
@@ -47,6 +51,9 @@ class CpuBackend:
 
     def bytes_per_token(self, layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
         return bytes_per_token(layers, dtype)
+
+    def release_kept(self) -> None:
+        self._memory.release()
 
     def attention(self, pool: KvPool, batch: StepBatch) -> StepAttention:
         kernels = kernels_for(pool.layers, pool.dtype) if self.native else None

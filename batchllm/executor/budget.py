@@ -22,6 +22,8 @@ def kv_token_budget(
 
     Raises JobError when it holds none.
     """
+    if not isinstance(kv_memory, int):
+        model.backend.release_kept()  # what an earlier run keeps would count as used, and the budget shrink
     free = free_bytes(model.device) if free is None else free
     if model.placement.gpu is None:
         budget = cpu_kv_bytes(kv_memory, free)

@@ -30,9 +30,9 @@ class LayerKv:
         return max(self.key_dim, self.value_dim)
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, eq=False)
 class KvBuffers:
-    """`keys[l]` and `values[l]` are `[capacity, heads, row_dim]`: zeros that occupy no memory until written."""
+    """`keys[l]` and `values[l]` are `[capacity, heads, row_dim]`."""
 
     layers: tuple[LayerKv, ...]
     capacity: int
@@ -42,6 +42,7 @@ class KvBuffers:
 
     @classmethod
     def empty(cls, layers: Sequence[LayerKv], capacity: int, dtype: torch.dtype) -> KvBuffers:
+        """Zeros that occupy no memory until written."""
         keys = [_zeros(capacity, layer, dtype) for layer in layers]
         values = [_zeros(capacity, layer, dtype) for layer in layers]
         return cls(tuple(layers), capacity, dtype, keys, values)
@@ -68,6 +69,10 @@ class KeptBuffers:
         lent = self._kept.first(capacity)
         self._lent = weakref.ref(lent)
         return lent
+
+    def release(self) -> None:
+        """Nothing is kept for the next borrower."""
+        self._kept = None
 
     def _can_lend(self, layers: Sequence[LayerKv], capacity: int, dtype: torch.dtype) -> bool:
         kept = self._kept

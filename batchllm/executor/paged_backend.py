@@ -43,6 +43,9 @@ class PagedBackend:
     def bytes_per_token(self, layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
         return sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize
 
+    def release_kept(self) -> None:
+        """Keeps none: torch's own cache of the device's memory is emptied where free memory is asked for."""
+
     def attention(self, pool: PagedPool, batch: StepBatch) -> PagedStepAttention:
         last = batch.logit_tokens()
         plans = StepPlans(batch, last, self.device, self.resident_programs)

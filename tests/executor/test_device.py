@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from batchllm.errors import JobError, ModelError
-from batchllm.executor import device_memory, model
+from batchllm.executor import budget, device_memory, model
 from batchllm.executor.budget import kv_token_budget
 from batchllm.executor.device import Gpu, Machine, Placement, choose_device, this_machine
 from batchllm.executor.device_memory import activation_bytes, largest_pool
@@ -105,3 +105,17 @@ def test_weights_that_do_not_fit_after_all_are_one_sentence(
     monkeypatch.setattr(model, "prepare_model", refuse)
     with pytest.raises(ModelError, match="do not fit in the GPU's memory"):
         model.load_model(str(model_folder))
+
+
+def test_what_an_earlier_run_keeps_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a budget that follows free memory would be smaller in every run."""
+    runner = prepare_model(make_model(configurations()["llama"]))
+    kept = [runner.backend.make_pool(runner.layers, 64, runner.dtype).keys[0].data_ptr()]
+    assert runner.backend.make_pool(runner.layers, 64, runner.dtype).keys[0].data_ptr() in kept
+    asked: list[str] = []
+    monkeypatch.setattr(runner.backend, "release_kept", lambda: asked.append("release"))
+    monkeypatch.setattr(budget, "free_bytes", lambda _device: asked.append("free") or 1 << 30)
+    kv_token_budget(runner, 1 << 20)
+    assert asked == ["free"]
+    kv_token_budget(runner, "auto")
+    assert asked == ["free", "release", "free"]

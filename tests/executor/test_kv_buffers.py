@@ -39,3 +39,12 @@ def test_memory_of_another_shape_is_new(other: tuple[tuple[LayerKv, ...], int, t
     fresh = kept.lend(*other)
     assert (fresh.layers, fresh.capacity, fresh.dtype) == other
     assert not any(buffer.any() for buffer in (*fresh.keys, *fresh.values))
+
+
+def test_released_memory_is_new_and_counts_as_free() -> None:
+    kept = KeptBuffers()
+    first = kept.lend(LAYERS, 64, torch.float32)
+    first.keys[0].fill_(1.0)
+    del first
+    kept.release()
+    assert not kept.lend(LAYERS, 64, torch.float32).keys[0].any()
