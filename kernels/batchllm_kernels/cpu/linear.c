@@ -53,8 +53,7 @@ static inline __attribute__((always_inline)) void some_rows(const Product *p, in
                                                             const int rows)
 {
     Sums sums;
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < WIDE; j++) sums[i][j] = _mm512_setzero_ps();
+    clear_sums(sums, rows, WIDE);
     multiply(sums, (const uint32_t *)(p->input + row * p->input_row), p->input_row / 2,
              p->weight + panel * p->inputs / 2 * PANEL, PANEL, LANES, p->inputs / 2, NULL, rows, WIDE);
     finish(p, sums, row, panel, rows);

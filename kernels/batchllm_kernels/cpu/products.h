@@ -10,6 +10,27 @@ enum {
 
 typedef __m512 Sums[ROWS][WIDE];
 
+static inline __attribute__((always_inline)) void clear_sums(Sums sums, const int rows, const int vectors)
+{
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++) sums[i][j] = _mm512_setzero_ps();
+}
+
+/* Rows of the memory are `width` floats, 64-byte aligned. */
+static inline __attribute__((always_inline)) void load_sums(Sums sums, const float *from, int64_t width, const int rows,
+                                                            const int vectors)
+{
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++) sums[i][j] = _mm512_load_ps(from + i * width + j * LANES);
+}
+
+static inline __attribute__((always_inline)) void store_sums(Sums sums, float *to, int64_t width, const int rows,
+                                                             const int vectors)
+{
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++) _mm512_store_ps(to + i * width + j * LANES, sums[i][j]);
+}
+
 /* sums[i][j] += left row i x right column j, where a column is a vector of 16. Left rows are `left_row` pairs apart; on
  * the right, one pair and the next are `right_pair` words apart, and vectors `right_vector`. `rows` and `vectors` are
  * constants where this is inlined, `ahead` too if it is NULL. */

@@ -48,12 +48,10 @@ static inline __attribute__((always_inline)) void score(Work *w, const bf16 *que
 {
     int64_t pairs = w->key_width / 2;
     Sums sums;
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) sums[i][j] = _mm512_setzero_ps();
+    clear_sums(sums, rows, vectors);
     multiply(sums, (const uint32_t *)query, pairs, w->keys + first * pairs * LANES, LANES, pairs * LANES, pairs,
              &w->ahead, rows, vectors);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) _mm512_store_ps(w->scores + i * KEYS + (first + j) * LANES, sums[i][j]);
+    store_sums(sums, w->scores + first * LANES, KEYS, rows, vectors);
 }
 
 /* to = to * shrink + weights x values, for `vectors` x 16 of the values' numbers. */
@@ -62,13 +60,12 @@ static inline __attribute__((always_inline)) void gather(Work *w, float *to, con
 {
     Sums sums;
     to += first * LANES;
+    load_sums(sums, to, w->value_width, rows, vectors);
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++)
-            sums[i][j] = _mm512_mul_ps(_mm512_load_ps(to + i * w->value_width + j * LANES), _mm512_set1_ps(shrink[i]));
+        for (int j = 0; j < vectors; j++) sums[i][j] = _mm512_mul_ps(sums[i][j], _mm512_set1_ps(shrink[i]));
     multiply(sums, (const uint32_t *)w->weights, KEYS / 2, w->values + first * LANES, w->value_width, LANES, pairs,
              &w->ahead, rows, vectors);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) _mm512_store_ps(to + i * w->value_width + j * LANES, sums[i][j]);
+    store_sums(sums, to, w->value_width, rows, vectors);
 }
 
 /* The keys of a block that each of some queries sees. */

@@ -53,16 +53,14 @@ static inline __attribute__((always_inline)) void score_parts(Work *w, const uin
     for (int64_t key = 0; key < count; key += PART) {
         const uint32_t *keys = w->keys + key * pairs;
         Sums scores;
-        for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < WIDE; j++) scores[i][j] = _mm512_setzero_ps();
+        clear_sums(scores, ROWS, WIDE);
         if (key) {
             multiply_and_soften(scores, query, pairs, keys, LANES, pairs * LANES, pairs, pairs, &w->ahead, softening);
             softening->scores += PART, softening->weights += PART;
         } else {
             multiply(scores, query, pairs, keys, LANES, pairs * LANES, pairs, &w->ahead, ROWS, WIDE);
         }
-        for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < WIDE; j++) _mm512_store_ps(w->scores + i * KEYS + key + j * LANES, scores[i][j]);
+        store_sums(scores, w->scores + key, KEYS, ROWS, WIDE);
     }
 }
 
@@ -88,8 +86,7 @@ static int attend_settled(const Job *job, Work *w, int64_t number, int64_t count
     for (int64_t at = 0; at < w->value_width; at += PART) {
         float *to = w->sums + number * w->value_width + at;
         Sums sums;
-        for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < WIDE; j++) sums[i][j] = _mm512_load_ps(to + i * w->value_width + j * LANES);
+        load_sums(sums, to, w->value_width, ROWS, WIDE);
         if (at) {
             multiply(sums, weights, KEYS / 2, w->values + at, w->value_width, LANES, count / 2, &w->ahead, ROWS, WIDE);
         } else {
@@ -100,8 +97,7 @@ static int attend_settled(const Job *job, Work *w, int64_t number, int64_t count
                 large |= _mm512_cmp_ps_mask(sum[i], _mm512_set1_ps(LARGEST_SUM), _CMP_NLT_UQ);
             if (large) return 0;
         }
-        for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < WIDE; j++) _mm512_store_ps(to + i * w->value_width + j * LANES, sums[i][j]);
+        store_sums(sums, to, w->value_width, ROWS, WIDE);
     }
     for (int i = 0; i < ROWS; i++) {
         float *total = w->total + (number + i) * LANES;

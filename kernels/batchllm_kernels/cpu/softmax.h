@@ -42,13 +42,8 @@ static inline float largest_score(const float *scores, int64_t vectors)
 /* 2^x to 8 parts in 100,000: weights are rounded to 1 in 500. */
 static inline __m512 weight_of(__m512 x)
 {
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 sum = _mm512_set1_ps(5.51708047e-02f);
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.42609277e-01f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93260957e-01f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.99928190e-01f));
-    return _mm512_scalef_ps(sum, whole);
+    static const float fit[] = {5.51708047e-02f, 2.42609277e-01f, 6.93260957e-01f, 9.99928190e-01f};
+    return power_by(x, fit, 3);
 }
 
 /* weights [vectors, made even][16] = 2^(scores * scale - top), where top is the largest of scores * scale or more.
