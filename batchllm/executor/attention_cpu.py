@@ -1,6 +1,6 @@
 """Shared-prefix attention of one step on a CPU: products of matrices around one softmax.
 
-For each band of rows (see attention_plan) the scores of all its reads are written side by side into one buffer, one
+For each band of rows (see attention_reads) the scores of all its reads are written side by side into one buffer, one
 softmax runs over it, and each read adds its share of the values:
   - a node above: one product for all rows below it, with the query heads of a KV head packed into the row dimension;
   - decode tokens' own stretches that lie side by side: one batched product for each KV head over a strided view;
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from batchllm.executor.attention_math import add_product, products, scores
-from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, Run, StepReads, plan_reads
+from batchllm.executor.attention_plan import plan_reads
+from batchllm.executor.attention_reads import Band, NodeRead, OwnRead, Run, StepReads
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.pool_attention import PoolAttention
 from batchllm.executor.step import StepBatch

@@ -11,6 +11,7 @@ import numpy as np
 
 from batchllm.core import Plan
 from batchllm.executor.kv_memory import KvExtent, KvMemory
+from batchllm.executor.step_builder import Ancestor
 
 
 class NodeStore:
@@ -41,6 +42,17 @@ class NodeStore:
     def prompt_length(self, node: int) -> int:
         """Own prompt tokens of a node."""
         return int(self.plan.node_end[node] - self.plan.node_start[node])
+
+    def kv(self, node: int) -> KvExtent:
+        """Where the node's KV lies; it has some."""
+        extent = self.extent[node]
+        assert extent is not None, "a node in use has no KV"
+        return extent
+
+    def kv_above(self, path: tuple[int, ...]) -> list[Ancestor]:
+        """What a token below these nodes reads of them."""
+        starts = self.plan.node_start
+        return [(node, self.kv(node), int(starts[node]), self.prompt_length(node)) for node in path]
 
     def place(self, node: int, extent: KvExtent) -> tuple[KvExtent, int] | None:
         """Gives a node its memory. Returns (donor's extent, tokens) to copy into it first, if the donor is there."""

@@ -38,6 +38,13 @@ class Running:
         return self.prompt_length - self.leaf_start + self.decoded
 
     @property
-    def most_leaf_tokens(self) -> int:
-        """Slots the leaf can ever need. The last output token is never fed."""
-        return max(1, self.prompt_length - self.leaf_start + self.limit - 1)
+    def decodes(self) -> bool:
+        """Whether it feeds its newest token in the next step."""
+        return 0 < self.decoded < self.limit and not self.prefilling
+
+    def take(self, token: int, logprob: float | None) -> None:
+        """The oldest pending token is known now."""
+        self.output.append(token)
+        self.pending -= 1
+        if logprob is not None and self.params.logprobs:
+            self.logprobs.append(float(logprob))

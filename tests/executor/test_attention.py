@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from batchllm.executor import attention_bands, attention_plan
+from batchllm.executor import attention_bands, attention_own, attention_pieces
 from batchllm.executor.attention_bands import BAND_SCORES, PieceSize, cut_into_bands
 from batchllm.executor.attention_cpu import CpuStepAttention
-from batchllm.executor.attention_plan import Band, NodeRead, OwnRead, StepReads, plan_reads
+from batchllm.executor.attention_plan import plan_reads
+from batchllm.executor.attention_reads import Band, NodeRead, OwnRead, StepReads
 from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.kv_pool import KvPool
@@ -45,7 +46,7 @@ PATHS = {
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in PATHS[request.param].items():
-        module = attention_plan if hasattr(attention_plan, name) else attention_bands
+        module = next(m for m in (attention_own, attention_pieces, attention_bands) if hasattr(m, name))
         monkeypatch.setattr(module, name, value)
     return str(request.param)
 

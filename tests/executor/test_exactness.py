@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batchllm.core import SamplingParams
-from batchllm.executor import attention_bands, attention_plan
+from batchllm.executor import attention_bands, attention_own, attention_pieces
 from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.planner.lengths import LengthEstimator
 from tests.executor.harness import run
@@ -73,9 +73,9 @@ def test_greedy_output_equals_transformers(
     architecture: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variant == "long chunks":  # the paths that prompts of hundreds of tokens take
-        monkeypatch.setattr(attention_plan, "_SHORT", 6)
-        monkeypatch.setattr(attention_plan, "_LONG_TILE_ROWS", 8)
-        monkeypatch.setattr(attention_plan, "_FEW", 1)
+        monkeypatch.setattr(attention_pieces, "_SHORT", 6)
+        monkeypatch.setattr(attention_pieces, "_LONG_TILE_ROWS", 8)
+        monkeypatch.setattr(attention_own, "_FEW", 1)
         monkeypatch.setattr(attention_bands, "_CHEAP_SCORES", 100)
     runner, prompts, expected = oracle(architecture)
     if variant == "fused":

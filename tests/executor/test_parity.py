@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchllm.errors import ModelError
-from batchllm.executor import attention_cpu, attention_plan
+from batchllm.executor import attention_cpu, attention_own, attention_plan
 from batchllm.executor.attention_math import scores
 from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.executor.parity import check_parity
@@ -42,7 +42,8 @@ def test_attention_that_ignores_masks_is_caught(architecture: str, monkeypatch: 
     def nothing_hidden(hidden: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros(hidden.shape, dtype=dtype).unsqueeze(1)
 
-    monkeypatch.setattr(attention_plan, "_additive", nothing_hidden)
+    for module in (attention_own, attention_plan):
+        monkeypatch.setattr(module, "additive_mask", nothing_hidden)
     refuses(runner_of(architecture))
 
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from batchllm.core import RequestTable, SamplingParams
-from batchllm.executor import scheduler as real
 from batchllm.executor.kv_buffers import KvBuffers
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.scheduler import Scheduler
-from batchllm.planner import leaf_slots
 from batchllm.planner.loads import StepLoads
 from batchllm.planner.plan import PlanOptions, build_plan
 from batchllm.planner.sample import part_of, spread_blocks
@@ -57,13 +55,13 @@ def scheduled(table, plan, options, compact):
     pool = KvPool(KvBuffers.empty([], options.kv_tokens, None))
     scheduler = Scheduler(plan, table, pool, Known(), options.max_step_tokens, None, options.max_running)
     if compact:
-        allocate = scheduler._try_allocate
+        allocate = scheduler.memory._try_allocate
 
         def compacted(sizes):
             pool.compact()
             return allocate(sizes) if pool.used + sum(sizes) <= pool.capacity else None
 
-        scheduler._try_allocate = compacted
+        scheduler.memory._try_allocate = compacted
     steps = []
     while batch := scheduler.schedule():
         steps.append(load_of(batch))
@@ -171,10 +169,6 @@ def test_little_fragmented_memory_is_met_within_a_few_steps():
         expected += simulate(plan, output, options).steps
         measured += len(scheduled(table, plan, options, compact=False)[0])
     assert expected == pytest.approx(measured, rel=0.05)
-
-
-def test_constants_are_the_schedulers():
-    assert (leaf_slots.LEAD, leaf_slots.ROUND) == (real._LEAD, real._ROUND)
 
 
 def test_a_prompt_of_many_steps_and_a_long_output():
