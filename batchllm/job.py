@@ -2,7 +2,7 @@
 
     model:    {path, dtype, quantize, trust_remote_code}
     input:    {path, format, id, limit}
-    prompt:   {text} | {messages} | {column}, with template_args for the chat template,
+    prompt:   {text} | {messages} | {column}, with template_args and unknown_template_args for the chat template,
               and reorder: what of it may stand in any order
     generate: {max_tokens, temperature, ...}          each a value or {column: NAME}
     score:    {continuation, choices, rolling, token_logprobs}     in place of generate

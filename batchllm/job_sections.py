@@ -116,6 +116,7 @@ class PromptSpec(Section):
     messages: Annotated[tuple[MessageSpec, ...], Field(min_length=1)] | None = None
     column: Text | None = None
     template_args: dict[str, Any] = {}
+    unknown_template_args: Literal["error", "ignore"] = "error"  # those that the chat template does not use
     reorder: Reorder | None = None  # a list column, or columns: what may stand in any order
 
     @model_validator(mode="after")

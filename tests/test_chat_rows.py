@@ -115,9 +115,11 @@ def call(name: str, arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
-def prompts(rows: list[Any], args: dict[str, Any] | None = None, **columns: list[Any]) -> list[str]:
+def prompts(
+    rows: list[Any], args: dict[str, Any] | None = None, unknown: str = "error", **columns: list[Any]
+) -> list[str]:
     batch = pa.RecordBatch.from_pydict({"m": rows, **columns})
-    spec = PromptSpec(column="m", template_args=args or {})
+    spec = PromptSpec(column="m", template_args=args or {}, unknown_template_args=unknown)
     rendered = PromptRenderer(spec, tokenizer(), batch.schema).render(batch)
     return [f"! {item.reason}" if isinstance(item, RowFault) else item.text for item in rendered]
 
@@ -219,6 +221,14 @@ def test_an_argument_that_the_template_ignores_is_refused() -> None:
     ):
         with pytest.raises(JobError, match=re.escape(message)):
             prompts([[user("a")]], wrong)
+
+
+def test_an_argument_that_the_template_ignores_may_be_allowed() -> None:
+    same = [direct([user("a")])]
+    assert prompts([[user("a")]], {"nonsense": 1}, "ignore") == same
+    assert prompts([[user("a")]], {"column": "given"}, "ignore", given=['{"nonsense": 1}']) == same
+    with pytest.raises(JobError, match="tokenize cannot be set"):
+        prompts([[user("a")]], {"tokenize": True}, "ignore")
 
 
 def test_chat_in_memory_takes_the_same(tmp_path: Path) -> None:

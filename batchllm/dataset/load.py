@@ -20,10 +20,10 @@ from batchllm.dataset.chunk_spans import ChunkTableBuilder, check_tokenizer
 from batchllm.dataset.columns import Logprobs, check_kept_names
 from batchllm.dataset.encode import Tokenized, tokenize
 from batchllm.dataset.params import RowParams
-from batchllm.dataset.prompts import Prompt, PromptPlan, PromptRenderer
+from batchllm.dataset.prompts import Prompt, PromptPlan, PromptRenderer, prompt_of
 from batchllm.dataset.reader import InputData
 from batchllm.dataset.reorder import choose_orders
-from batchllm.dataset.rows import RowBatch, RowFault
+from batchllm.dataset.rows import EMPTY_PROMPT, RowBatch, RowFault
 from batchllm.dataset.tokens import TokenStoreWriter, open_tokens
 from batchllm.dataset.values import with_valid_text
 from batchllm.errors import JobError
@@ -213,9 +213,8 @@ def prompts_from_list(
         prompt if isinstance(prompt, Prompt | RowFault) else _content(prompt, row)
         for row, prompt in enumerate(prompts)
     ]
-    empty = RowFault("the prompt is empty")
     texts = [
-        (Prompt(content, True) if content else empty) if isinstance(content, str) else content or empty
+        prompt_of(content, add_special_tokens=True) if isinstance(content, str) else content or EMPTY_PROMPT
         for content in contents
     ]
     tokenized = tokenize(tokenizer, texts)

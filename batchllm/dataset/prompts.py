@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ from batchllm.dataset.chat_template import ChatTemplate
 from batchllm.dataset.chunk_marks import Span, with_marks, without_marks
 from batchllm.dataset.messages import clean_messages, parse_messages, without_nulls
 from batchllm.dataset.reorder import FreePart, is_list
-from batchllm.dataset.rows import RowFault
+from batchllm.dataset.rows import EMPTY_PROMPT, RowFault
 from batchllm.dataset.templates import RowTemplate
 from batchllm.dataset.values import is_text, python_values
 from batchllm.errors import JobError, ModelError
@@ -27,6 +27,13 @@ class Prompt(NamedTuple):
     text: str
     add_special_tokens: bool  # False for a conversation: its chat template has written them
     chunks: tuple[Span, ...] | None = None  # characters of each chunk; None: the job has no chunks
+
+
+def prompt_of(text: str | RowFault, add_special_tokens: bool) -> Prompt | RowFault:
+    """The prompt that a text is, unless there is none."""
+    if isinstance(text, RowFault):
+        return text
+    return Prompt(text, add_special_tokens) if text else EMPTY_PROMPT
 
 
 class PromptRenderer:
@@ -44,6 +51,7 @@ class PromptRenderer:
         self._chunks = chunk_column
         own = prompt.template_args.get("chat_template")
         self._template = ChatTemplate(tokenizer, own)
+        self._ignores_unknown = prompt.unknown_template_args == "ignore"
         if self._plan.is_chat and not self._template.exists:
             key = "prompt.messages" if prompt.messages else "prompt.column"
             raise ModelError(
@@ -53,7 +61,7 @@ class PromptRenderer:
         named = (
             self._plan.chat_args.names_of_job() if self._template.exists and not isinstance(own, dict) else []
         )
-        unknown = self._template.unknown(named)
+        unknown = self._unknown(named)
         if unknown is not None:
             raise JobError(f"{source}: prompt.template_args: {unknown}")
         self.columns = self._plan.columns
@@ -93,7 +101,7 @@ class PromptRenderer:
         if isinstance(text, RowFault):
             return text
         if self._chunks is None or not text:
-            return Prompt(text, not is_chat) if text else RowFault("the prompt is empty")
+            return prompt_of(text, not is_chat)
         found = without_marks(text, self._chunks)
         return found if isinstance(found, RowFault) else Prompt(found[0], not is_chat, found[1])
 
@@ -107,10 +115,13 @@ class PromptRenderer:
         if isinstance(args, RowFault):
             return args
         column = self._plan.chat_args.column_of_all
-        unknown = self._template.unknown(args, args.get("chat_template")) if column else None
+        unknown = self._unknown(args, args.get("chat_template")) if column else None
         if unknown is not None:
             return RowFault(f"column `{column}`: {unknown}")
         return self._template.render(cleaned, args)
+
+    def _unknown(self, args: Iterable[str], own: object = None) -> str | None:
+        return None if self._ignores_unknown else self._template.unknown(args, own)
 
 
 def conversation_prompts(
@@ -131,8 +142,7 @@ def conversation_prompts(
             clean_messages(list(messages)) if is_list else RowFault("a conversation is a list of messages")
         )
         texts.append(found if isinstance(found, RowFault) else template.render(found, with_defaults(args)))
-    empty = RowFault("the prompt is empty")
-    return [text if isinstance(text, RowFault) else Prompt(text, False) if text else empty for text in texts]
+    return [prompt_of(text, add_special_tokens=False) for text in texts]
 
 
 class PromptPlan:

@@ -15,6 +15,9 @@ class RowFault:
     reason: str
 
 
+EMPTY_PROMPT = RowFault("the prompt is empty")
+
+
 @dataclass(frozen=True)
 class RowBatch:
     """Consecutive rows of the input. A row in `faults` is there, with nulls: rows keep their numbers."""

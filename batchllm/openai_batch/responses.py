@@ -30,10 +30,7 @@ def answer_line(
     first = answers[0]
     failed = next((answer for answer in answers if answer["error"] is not None), None)
     if failed is not None:
-        reason = str(failed["error"]).removeprefix(
-            "column `template_args`: "
-        )  # which is ours, not the file's
-        return error_line(number, first["custom_id"], "cannot_be_answered", reason)
+        return error_line(number, first["custom_id"], "cannot_be_answered", str(failed["error"]))
     is_chat = request.url == CHAT
     if request.echo == "alone":
         answers = [{**answer, **_NOTHING} for answer in answers]

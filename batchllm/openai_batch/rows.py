@@ -67,7 +67,11 @@ def job_sections(rows: Path, output: Path) -> dict[str, dict[str, Any]]:
     """input, prompt, generate and output of the job that answers such a file."""
     return {
         "input": {"path": str(rows), "id": "custom_id"},
-        "prompt": {"column": "prompt", "template_args": {"column": "template_args"}},
+        "prompt": {
+            "column": "prompt",
+            "template_args": {"column": "template_args"},
+            "unknown_template_args": "ignore",  # as vLLM's run-batch does
+        },
         "generate": {name: {"column": name} for name in _PARAM_TYPES},
         "output": {"path": str(output), "keep": ["url", "model"]},
     }
