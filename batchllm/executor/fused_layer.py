@@ -6,6 +6,7 @@ between products is in `layer_ops`. In the last layer, tokens whose logits nobod
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from batchllm.executor.forward_context import current_step
 from batchllm.executor.joined_linear import join_linears, share_rows
 from batchllm.executor.layer_ops import BetweenProducts, ops_for, rms_norm
-from batchllm.executor.native_linear import NativeGatedLinear, add_product
+from batchllm.executor.mapped_weights import MappedFiles
+from batchllm.executor.native_linear import NativeGatedLinear, NativeLinear, add_product, can_be_native
 
 # Decoder layers of exactly this form: norm, attention with rotary positions (half rotation), norm, gated MLP.
 _FORMS = {
@@ -28,7 +30,7 @@ _FORMS = {
 class GatedProjection(nn.Module):
     """The first half of a gated MLP: silu(gate) * up, by one product."""
 
-    def __init__(self, joined: nn.Linear, ops: BetweenProducts):
+    def __init__(self, joined: nn.Module, ops: BetweenProducts):
         """`joined`: gate and up, one after the other."""
         super().__init__()
         self.joined = joined
@@ -40,9 +42,10 @@ class GatedProjection(nn.Module):
 
 
 class FusedDecoderLayer(nn.Module):
-    """Takes the place of one of transformers' decoder layers and keeps its weights (the originals become views)."""
+    """Takes the place of one of transformers' decoder layers and takes over its weights: joined, or with `kernels`
+    packed. The originals' become views of the joined ones, or are dropped."""
 
-    def __init__(self, layer: Any, is_last: bool, ops: BetweenProducts):
+    def __init__(self, layer: Any, is_last: bool, ops: BetweenProducts, kernels: ctypes.CDLL | None):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.original = layer
@@ -52,11 +55,9 @@ class FusedDecoderLayer(nn.Module):
         self.scale = float(attention.scaling)
         self.window = _window(attention)
         self.q_size, self.kv_size = attention.q_proj.out_features, attention.k_proj.out_features
-        self.qkv = join_linears(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gated: GatedProjection | NativeGatedLinear = GatedProjection(
-            join_linears(mlp.gate_proj, mlp.up_proj), ops
-        )
         self.ops = ops
+        self.qkv = _joined(kernels, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gated = _gated(kernels, mlp.gate_proj, mlp.up_proj, ops)
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
         """hidden_states [1, T, hidden] → the same shape; [1, L, hidden] from the last layer when only the L tokens
@@ -101,30 +102,67 @@ class FusedDecoderLayer(nn.Module):
 
     def unused(self) -> list[Any]:
         """The original's linear layers whose work is done by this layer's own."""
-        attention, mlp = self.original.self_attn, self.original.mlp
-        return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+        return _taken_over(self.original)
 
     def release_originals(self) -> None:
         """Lets go of their weights, so that this layer's may be kept in another form."""
         for linear in self.unused():
-            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+            _drop_weight(linear)
 
     def restore_originals(self) -> None:
         """Gives them their weights again, from this layer's plain ones."""
         unused = self.unused()
-        share_rows(self.qkv.weight, *unused[:3])
-        assert isinstance(self.gated, GatedProjection)
-        share_rows(self.gated.joined.weight, *unused[3:])
+        if isinstance(self.qkv, nn.Linear):
+            share_rows(self.qkv.weight, *unused[:3])
+        if isinstance(self.gated, GatedProjection) and isinstance(self.gated.joined, nn.Linear):
+            share_rows(self.gated.joined.weight, *unused[3:])
 
 
-def fuse_layers(model: Any) -> bool:
-    """Replaces the model's decoder layers if every one has a known form. Returns whether it did."""
+def _taken_over(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+
+
+def _joined(kernels: ctypes.CDLL | None, *parts: nn.Linear) -> nn.Module:
+    """One layer that does their work: by the kernel if possible, which takes their weights as they lie."""
+    if kernels is None or not all(map(can_be_native, parts)):
+        return join_linears(*parts)
+    packed = NativeLinear(kernels, *parts)
+    for part in parts:
+        _drop_weight(part)
+    return packed
+
+
+def _gated(
+    kernels: ctypes.CDLL | None, gate: nn.Linear, up: nn.Linear, ops: BetweenProducts
+) -> GatedProjection | NativeGatedLinear:
+    if kernels is None or gate.bias is not None or not (can_be_native(gate) and can_be_native(up)):
+        return GatedProjection(_joined(kernels, gate, up), ops)
+    packed = NativeGatedLinear(kernels, gate, up)
+    for part in (gate, up):
+        _drop_weight(part)
+    return packed
+
+
+def _drop_weight(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+
+
+def fuse_layers(model: Any, kernels: ctypes.CDLL | None = None) -> bool:
+    """Replaces the model's decoder layers if every one has a known form. Returns whether it did.
+
+    With `kernels`, weights of joined products are packed for these at once, layer by layer, and never lie joined in
+    plain form.
+    """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None or not all(_matches(layer) for layer in layers):
         return False
     ops = ops_for(next(model.parameters()).dtype)
+    files = MappedFiles()
     for index, layer in enumerate(layers):
-        layers[index] = FusedDecoderLayer(layer, index == len(layers) - 1, ops)
+        weights = [linear.weight for linear in _taken_over(layer)]
+        layers[index] = FusedDecoderLayer(layer, index == len(layers) - 1, ops, kernels)
+        files.let_go(*weights)
     return True
 
 
@@ -140,11 +178,8 @@ def _matches(layer: Any) -> bool:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return all(type(module) is nn.Linear for module in (*linears, *_gated(mlp))) and _is_silu(mlp)
-
-
-def _gated(mlp: Any) -> list[Any]:
-    return [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    gated = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    return all(type(module) is nn.Linear for module in (*linears, *gated)) and _is_silu(mlp)
 
 
 def _is_silu(mlp: Any) -> bool:

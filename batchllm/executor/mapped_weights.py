@@ -1,44 +1,50 @@
 """Weights that lie in a mapped file, as safetensors leaves them.
 
-All pages of the file that were ever read count as this process's memory until nothing of it is used any more. Once
-most weights have been joined, packed or quantised, the few that are still used where they lie hold on to all of it.
+All pages of the file that were ever read count as this process's memory, until nothing of it is used any more. So when
+a weight has been joined, packed or quantised, its pages are given back: few others are used where they lie to the end.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-_MOST_UNUSED = 0.1  # of the mapped files; more than that is given back
+
+class MappedFiles:
+    """The files that lie in this process's memory now. Knows of none where the system does not say."""
+
+    def __init__(self) -> None:
+        self._ranges = _file_mappings() if sys.platform == "linux" else []
+
+    def let_go(self, *weights: Tensor) -> None:
+        """Gives back the pages that hold only these weights, which nobody changes.
+
+        What is read there again comes from the file again.
+        """
+        for weight in weights:
+            first, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+            if self._holds(first, end):
+                inner = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+                _forget(inner, end // mmap.PAGESIZE * mmap.PAGESIZE - inner)
+
+    def _holds(self, first: int, end: int) -> bool:
+        index = bisect_right(self._ranges, (first, sys.maxsize)) - 1
+        return index >= 0 and end <= self._ranges[index][1]
 
 
-def leave_mapped_files(model: Any) -> int:
-    """Copies the weights that are used in mapped files, if much else lies there, which is given back so.
-
-    Returns the bytes copied. Does nothing where the system does not say what is mapped.
-    """
-    ranges = _file_mappings()
-    starts = [first for first, _ in ranges]
-    inside: list[Tensor] = []
-    touched: set[tuple[int, int]] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        index = bisect_right(starts, tensor.data_ptr()) - 1 if tensor.numel() else -1
-        if index >= 0 and tensor.data_ptr() < ranges[index][1]:
-            inside.append(tensor)
-            touched.add(ranges[index])
-    used = sum(tensor.nbytes for tensor in inside)
-    if used >= (1 - _MOST_UNUSED) * sum(end - first for first, end in touched):
-        return 0
-    for tensor in inside:
-        tensor.data = tensor.data.clone()
-    return used
+def _forget(address: int, length: int) -> None:
+    if length > 0:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def _file_mappings() -> list[tuple[int, int]]:
-    """Addresses of this process's memory that are a file's, in order."""
+    """First and last address of this process's memory that is a file's, in order."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

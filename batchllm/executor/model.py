@@ -28,6 +28,7 @@ from batchllm.executor.fused_layer import fuse_layers, restore_layers
 from batchllm.executor.gate import LengthLimit, refused
 from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.model_config import first_line, load_config
+from batchllm.executor.native import native_kernels
 from batchllm.executor.packed_linear import pack_linears, unpack_linears
 from batchllm.executor.step import StepBatch
 
@@ -124,12 +125,17 @@ class ModelRunner:
             hook.remove()
             vars(base).pop("forward", None)
 
-    def fuse(self) -> bool:
-        """Swaps in faster decoder layers where they match; on a GPU, a faster forward pass. Returns whether it did."""
+    def fuse(self, packed: bool = False) -> bool:
+        """Swaps in faster decoder layers where they match; on a GPU, a faster forward pass. Returns whether it did.
+
+        `packed`: with weights as `pack` keeps them.
+        """
         if self.fused:
             return True
         if self.placement.gpu is None:
-            self.fused = fuse_layers(self.model)
+            self.fused = fuse_layers(self.model, native_kernels(self.dtype) if packed else None)
+            if self.fused and packed:
+                self.pack()
         else:
             from batchllm.executor.device_model import DeviceModel
 
@@ -141,7 +147,7 @@ class ModelRunner:
     def pack(self) -> None:
         """Keeps the weights of linear layers in the form that a CPU multiplies fastest with. `unfuse` undoes it."""
         if self.placement.gpu is None:
-            pack_linears(self.model)
+            pack_linears(self.model, native_kernels(self.dtype))
 
     def unfuse(self) -> None:
         """Back to transformers' own layers."""

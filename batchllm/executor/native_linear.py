@@ -15,17 +15,19 @@ from batchllm_kernels.cpu.linear import (
 )
 from torch import Tensor, nn
 
+from batchllm.executor.joined_linear import joined_bias
+
 
 class NativeLinear(nn.Module):
-    """Takes the place of a bfloat16 nn.Linear with an even number of inputs. A row's result does not depend on what
-    rows come with it."""
+    """Takes the place of bfloat16 layers with one input, of an even number of features: its outputs are theirs, one
+    after another. A row's result does not depend on what rows come with it."""
 
-    def __init__(self, kernels: ctypes.CDLL, plain: nn.Linear):
+    def __init__(self, kernels: ctypes.CDLL, *parts: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.bias = plain.bias
+        self.in_features, self.out_features = parts[0].in_features, sum(part.out_features for part in parts)
+        self.bias = joined_bias(*parts)
         self._kernels = kernels
-        self._packed = pack_panels(kernels, plain.weight.data)
+        self._packed = pack_panels(kernels, *(part.weight.data for part in parts))
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., in_features] → [..., out_features]."""
@@ -41,18 +43,18 @@ class NativeLinear(nn.Module):
         return added
 
     def unpacked(self) -> nn.Linear:
-        """The layer that this was made of."""
+        """The layer that this was made of, or several joined."""
         return _plain(unpack_panels(self._packed, self.out_features), self.bias)
 
 
 class NativeGatedLinear(nn.Module):
-    """silu(gate) * up of a gated MLP in one product, from the joined layer [2 size, in_features] without bias."""
+    """silu(gate) * up of a gated MLP in one product, from layers [size, in_features] without bias."""
 
-    def __init__(self, kernels: ctypes.CDLL, joined: nn.Linear):
+    def __init__(self, kernels: ctypes.CDLL, gate: nn.Linear, up: nn.Linear):
         super().__init__()
         self._kernels = kernels
-        self._size = joined.out_features // 2
-        self._packed = pack_gated_panels(kernels, joined.weight.data)
+        self._size = gate.out_features
+        self._packed = pack_gated_panels(kernels, gate.weight.data, up.weight.data)
 
     def forward(self, states: Tensor) -> Tensor:
         """states [n, in_features] → [n, size]."""
@@ -60,7 +62,7 @@ class NativeGatedLinear(nn.Module):
         return output
 
     def unpacked(self) -> nn.Linear:
-        """The joined layer."""
+        """Both layers joined."""
         return _plain(unpack_gated_panels(self._packed, self._size), None)
 
 
@@ -80,4 +82,5 @@ def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def can_be_native(layer: nn.Linear) -> bool:
     """Whether the kernel can do this layer's product."""
-    return layer.weight.dtype == torch.bfloat16 and layer.in_features % 2 == 0
+    weight = layer.weight
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and layer.in_features % 2 == 0

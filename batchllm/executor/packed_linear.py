@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchllm.executor.fused_layer import FusedDecoderLayer, GatedProjection
-from batchllm.executor.native import native_kernels
+from batchllm.executor.mapped_weights import MappedFiles
 from batchllm.executor.native_linear import NativeGatedLinear, NativeLinear, can_be_native
 
 _ROWS = 2048  # that the order is chosen for; any number may come
@@ -44,17 +44,16 @@ class PackedLinear(nn.Module):
         return linear
 
 
-def pack_linears(model: Any) -> int:
+def pack_linears(model: Any, kernels: ctypes.CDLL | None) -> int:
     """Packs every bfloat16 linear layer on a CPU that is used as it is; returns how many. Layers whose weights are
-    those of the embedding stay, and so do all where torch has no packed products."""
+    those of the embedding stay, and so do all where nothing packs them."""
     embedding = model.get_input_embeddings()
     kept = {embedding.weight.data_ptr()} if embedding is not None else set()
     fused = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
     unused = {id(linear) for layer in fused for linear in layer.unused()}
     for layer in fused:
-        layer.release_originals()  # so that a weight is let go as soon as it is packed
-    kernels = native_kernels(torch.bfloat16)
-    count = _pack_gated(fused, kernels) if kernels is not None else 0
+        layer.release_originals()  # so that a joined weight is let go as soon as it is packed
+    count, files = 0, MappedFiles()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not _fits(child) or id(child) in unused or child.weight.data_ptr() in kept:
@@ -62,20 +61,11 @@ def pack_linears(model: Any) -> int:
             packed = _packed(child, kernels)
             if packed is not None:
                 setattr(parent, name, packed)
+                files.let_go(child.weight)
                 count += 1
     if not count:
         for layer in fused:
             layer.restore_originals()
-    return count
-
-
-def _pack_gated(layers: list[FusedDecoderLayer], kernels: ctypes.CDLL) -> int:
-    count = 0
-    for layer in layers:
-        joined: Any = getattr(layer.gated, "joined", None)
-        if _fits(joined) and joined.bias is None and can_be_native(joined):
-            layer.gated = NativeGatedLinear(kernels, joined)
-            count += 1
     return count
 
 

@@ -30,9 +30,7 @@ def check_parity(runner: ModelRunner, *, packed: bool = False) -> None:
     reference = _run_alone(runner, sequences)
     tolerance = _TOLERANCE.get(runner.dtype, _TOLERANCE_HALF)
     # Most models run with fused layers, so these come first: what will not run need not be checked.
-    if runner.fuse():
-        if packed:
-            runner.pack()
+    if runner.fuse(packed):
         if _error(runner, sequences, reference) <= tolerance:
             return
         runner.unfuse()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from batchllm.errors import ModelError
+from batchllm.executor.mapped_weights import MappedFiles
 
 if TYPE_CHECKING:
     from batchllm.executor.model import ModelRunner
@@ -51,10 +52,13 @@ def quantize_model(runner: ModelRunner, quantization: str) -> None:
             f"model.quantize: model type {runner.model_type} has no linear layers to quantise; leave it out."
         )
     config = _torchao_config(quantization)
+    files = MappedFiles()
     for whole, views in _by_memory(list(named.values())):
+        weight = whole.weight
         quantize_(whole, config, filter_fn=lambda *_: True)
         for view, rows in views.items():
             view.weight = nn.Parameter(whole.weight[rows], requires_grad=False)
+        files.let_go(weight)
     if quantization == "int8_dynamic":
         for name, linear in named.items():
             parent, _, child = name.rpartition(".")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from batchllm.executor.device import Placement
-from batchllm.executor.mapped_weights import leave_mapped_files
 from batchllm.executor.model import ModelRunner, load_model
 from batchllm.executor.parity import check_parity
 from batchllm.executor.quantize import quantize_model
@@ -21,5 +20,4 @@ def load_ready_model(
     check_parity(model, packed=not quantize)
     if quantize:
         quantize_model(model, quantize)
-    leave_mapped_files(model.model)
     return model

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from batchllm.executor import packed_linear
+from batchllm.executor import fused_layer
+from batchllm.executor import model as model_module
 from batchllm.executor.layer_ops import NativeOps, TorchOps, ops_for
 from batchllm.executor.model import ModelRunner, prepare_model
+from batchllm.executor.native_linear import NativeLinear
 from batchllm.executor.packed_linear import PackedLinear
 from batchllm.executor.parity import _run_flat, check_parity
 from tests.executor.tiny_models import COMMON, make_model
@@ -73,6 +75,20 @@ def test_rotation_is_transformers(name: str, dim: int) -> None:
         assert torch.equal(joined.view(5, 4, dim)[:, 3], normal(5, 4 * dim).view(5, 4, dim)[:, 3])
 
 
+def fill_biases(ours: ModelRunner) -> None:
+    """Else they are zeros, and nobody would miss them."""
+    for name, parameter in ours.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = normal(*parameter.shape)
+
+
+def wrong_projection(
+    layer: fused_layer.FusedDecoderLayer, hidden: Tensor, _positions: object
+) -> tuple[Tensor, ...]:
+    states = layer.qkv(hidden).view(len(hidden), -1, layer.head_dim)
+    return states[:, : layer.q_size // layer.head_dim], states[:, -2:], states[:, -2:]
+
+
 def runner(config: type = LlamaConfig, **options: object) -> ModelRunner:
     return prepare_model(make_model(config(**{**COMMON, **options}), 0).to(BF16))
 
@@ -81,23 +97,38 @@ def runner(config: type = LlamaConfig, **options: object) -> ModelRunner:
 def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whose packed weights are used."""
     if request.param == "oneDNN":
-        monkeypatch.setattr(packed_linear, "native_kernels", lambda _dtype: None)
+        monkeypatch.setattr(model_module, "native_kernels", lambda _dtype: None)
     return str(request.param)
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
-def test_packed_weights_give_the_same_numbers_and_come_back(config: type, packed: str) -> None:
-    ours = runner(config, tie_word_embeddings=config is Qwen3Config)
+# Rows of k, v, gates that are no multiple of a panel; biases of q, k and v; a tied output projection, norms of heads;
+# biases everywhere, of gated products too.
+MODELS: list[tuple[type, dict[str, object]]] = [
+    (LlamaConfig, {"num_key_value_heads": 1, "intermediate_size": 46}),
+    (Qwen2Config, {}),
+    (Qwen3Config, {"tie_word_embeddings": True}),
+    (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("config", "options"), MODELS)
+def test_packed_weights_give_the_same_numbers_and_come_back(
+    config: type, options: dict[str, object], packed: str
+) -> None:
+    ours = runner(config, **options)
+    fill_biases(ours)
     before = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
     check_parity(ours)
     assert ours.fused, "the fast layers are what is tested here"
     sequences = [torch.arange(length).numpy() + 3 for length in (33, 21, 5)]
     plain = _run_flat(ours, sequences)
-    ours.pack()
+    ours.unfuse()
+    assert ours.fuse(packed=True)
     kinds = [type(module).__name__ for module in ours.model.modules()]
     kind, in_layer = {"oneDNN": ("PackedLinear", 4), "native": ("NativeLinear", 3)}[packed]
+    gated = packed == "native" and not options.get("mlp_bias")
     assert kinds.count(kind) >= in_layer * COMMON["num_hidden_layers"]
-    assert kinds.count("NativeGatedLinear") == (packed == "native") * COMMON["num_hidden_layers"]
+    assert kinds.count("NativeGatedLinear") == gated * COMMON["num_hidden_layers"]
     assert type(ours.model.lm_head).__name__ == ("Linear" if config is Qwen3Config else kind)
     for logits, expected in zip(_run_flat(ours, sequences), plain):
         if packed == "oneDNN":
@@ -109,17 +140,37 @@ def test_packed_weights_give_the_same_numbers_and_come_back(config: type, packed
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@needs_kernels
+def test_the_check_packs_straight_from_the_originals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_layer, "join_linears", None)
+    ours = runner()
+    check_parity(ours, packed=True)
+    assert ours.fused and isinstance(ours.model.model.layers[0].qkv, NativeLinear)
+
+
 def test_packing_drops_the_plain_weights(packed: str) -> None:
     ours = runner()
-    check_parity(ours)
-    ours.pack()
+    check_parity(ours, packed=True)
     layer = ours.model.model.layers[0].original
     assert layer.self_attn.q_proj.weight.numel() == layer.mlp.up_proj.weight.numel() == 0
 
 
+def test_layers_that_fail_the_check_give_their_packed_weights_back(
+    packed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_layer.FusedDecoderLayer, "_project", wrong_projection)
+    ours = runner()
+    sequences = [torch.arange(length).numpy() + 3 for length in (33, 21, 5)]
+    plain = _run_flat(ours, sequences)
+    check_parity(ours, packed=True)
+    assert not ours.fused and not isinstance(ours.model.model.layers[0].self_attn.q_proj, nn.Linear)
+    for logits, expected in zip(_run_flat(ours, sequences), plain):
+        assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_where_torch_cannot_pack_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    monkeypatch.setattr(packed_linear, "native_kernels", lambda _dtype: None)
+    monkeypatch.setattr(model_module, "native_kernels", lambda _dtype: None)
     ours = runner()
     check_parity(ours)
     sequences = [torch.arange(length).numpy() + 3 for length in (33, 21, 5)]

@@ -1,4 +1,4 @@
-"""A loaded model holds its weights once: what was packed is not kept in the mapped file as well."""
+"""A loaded model holds its weights once: what was packed or joined does not stay in memory as the file's pages."""
 
 from __future__ import annotations
 
@@ -9,41 +9,71 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from batchllm.executor.mapped_weights import leave_mapped_files
-from batchllm.executor.model import load_model
+from batchllm.executor.mapped_weights import MappedFiles
+from batchllm.executor.model import ModelRunner, load_model
 from batchllm.executor.ready_model import load_ready_model
 from tests.executor.tiny_models import COMMON, make_model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is mapped")
 
-
-def mapped(folder: Path) -> bool:
-    return str(folder) in Path("/proc/self/maps").read_text()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_model(LlamaConfig(**COMMON), 0).to(torch.bfloat16).save_pretrained(tmp_path)
-    return tmp_path
+# Layers of 6 MB, for only whole pages are given back; an embedding of few rows.
+LARGE = {**COMMON, "hidden_size": 512, "intermediate_size": 1536}
 
 
-def test_a_ready_model_has_left_the_file(folder: Path) -> None:
-    model = load_ready_model(str(folder))
-    assert model.fused and not mapped(folder)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model(LlamaConfig(**LARGE), 0).to(torch.bfloat16).save_pretrained(path)
+    return path
 
 
-def test_weights_that_are_all_used_stay_where_they_are(folder: Path) -> None:
-    model = load_model(str(folder))
-    assert mapped(folder), "safetensors maps files; where it does not, this module is not needed"
-    assert leave_mapped_files(model.model) == 0 and mapped(folder)
+def resident(folder: Path) -> int:
+    """Bytes of the folder's files that count as this process's memory."""
+    inside, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
-def test_weights_are_the_same_after_the_move_and_tied_ones_stay_tied(folder: Path) -> None:
-    model = load_model(str(folder)).model
-    model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.layers[0].mlp = torch.nn.Identity()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert leave_mapped_files(model) == sum(parameter.nbytes for parameter in model.parameters())
-    after = model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+def touch(runner: ModelRunner) -> int:
+    """Reads every weight; returns their size."""
+    return sum(weight.nbytes for weight in runner.model.parameters() if weight.sum() is not None)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_that_were_packed_or_joined_do_not_stay_in_the_file(folder: Path, packed: bool) -> None:
+    runner = load_model(str(folder))
+    size = touch(runner)
+    assert resident(folder) > 0.9 * size, "safetensors maps files; where it does not, this is not needed"
+    assert runner.fuse(packed)
+    used = 0 if packed else sum(linear.weight.nbytes for linear in unjoined(runner))
+    assert used <= resident(folder) < used + 0.1 * size
+
+
+def unjoined(runner: ModelRunner) -> list[torch.nn.Linear]:
+    """Those that are used where they lie unless they are packed."""
+    layers = [layer.original for layer in runner.model.model.layers]
+    return [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+
+
+def test_a_ready_model_has_little_of_the_file(folder: Path) -> None:
+    runner = load_ready_model(str(folder))
+    assert runner.fused
+    assert resident(folder) < 0.1 * (folder / "model.safetensors").stat().st_size
+
+
+def test_what_is_still_used_stays_as_it_is(folder: Path) -> None:
+    weights = load_model(str(folder)).model.state_dict()
+    before = {name: weight.clone() for name, weight in weights.items()}
+    names = [name for name in weights if "up_proj" in name or "layernorm" in name]
+    MappedFiles().let_go(*(weights[name] for name in names))
+    assert all(torch.equal(before[name], weight) for name, weight in weights.items())
+
+
+def test_memory_that_is_no_files_is_not_touched() -> None:
+    weight = torch.ones(1 << 20)
+    MappedFiles().let_go(weight, weight[5:-5], torch.empty(0), torch.ones(3))
+    assert weight.sum() == len(weight)

@@ -18,6 +18,7 @@ from batchllm_kernels.cpu.linear import (
 )
 from torch import Tensor, nn
 
+from batchllm.executor.joined_linear import join_linears
 from batchllm.executor.native import native_kernels
 from batchllm.executor.native_linear import NativeLinear, add_product, can_be_native
 from tests.native import needs_kernels
@@ -77,7 +78,7 @@ def test_gated_product_is_silu_times_up(kernels: ctypes.CDLL, size: int) -> None
     states, weight = normal(9, 64) * 4, normal(2 * size, 64, seed=1)
     states[0], weight[0] = 8, -4  # a gate far below zero
     gate, up = linear(kernels, states, pack_panels(kernels, weight), 2 * size).chunk(2, dim=1)
-    found = gated_linear(kernels, states, pack_gated_panels(kernels, weight), size)
+    found = gated_linear(kernels, states, pack_gated_panels(kernels, *weight.chunk(2)), size)
     torch.testing.assert_close(found, F.silu(gate) * up, rtol=0.009, atol=1e-6)
     assert (found != F.silu(gate) * up).float().mean() < 0.02
 
@@ -107,7 +108,40 @@ def test_packed_weights_come_back(kernels: ctypes.CDLL, outputs: int, inputs: in
     packed = pack_panels(kernels, weight)
     assert packed.shape[2] == PANEL and torch.equal(unpack_panels(packed, outputs), weight)
     both = normal(2 * outputs, inputs)
-    assert torch.equal(unpack_gated_panels(pack_gated_panels(kernels, both), outputs), both)
+    assert torch.equal(unpack_gated_panels(pack_gated_panels(kernels, *both.chunk(2)), outputs), both)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "outputs", [(64, 64, 64), (1, 2, 3), (96, 16, 16), (70, 1, 130), (33, 31), (200, 0, 5)]
+)
+@pytest.mark.parametrize("inputs", [2, 50])
+def test_parts_are_packed_as_if_joined(kernels: ctypes.CDLL, outputs: tuple[int, ...], inputs: int) -> None:
+    parts = [normal(count, inputs, seed=index) for index, count in enumerate(outputs)]
+    packed = pack_panels(kernels, *parts)
+    assert torch.equal(packed, pack_panels(kernels, torch.cat(parts)))
+    assert torch.equal(unpack_panels(packed, sum(outputs)), torch.cat(parts))
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
+def test_gated_panels_are_32_rows_of_each(kernels: ctypes.CDLL, size: int) -> None:
+    gate, up = normal(size, 6), normal(size, 6, seed=1)
+    filled = [F.pad(part, (0, 0, 0, -size % 32)).view(-1, 32, 6) for part in (gate, up)]
+    rows = torch.cat(filled, dim=1).view(-1, 6)
+    assert torch.equal(pack_gated_panels(kernels, gate, up), pack_panels(kernels, rows))
+
+
+@needs_kernels
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_layer_of_several_is_the_joined_one(kernels: ctypes.CDLL, biased: bool) -> None:
+    parts = [nn.Linear(50, size, biased, dtype=BF16).requires_grad_(False) for size in (70, 9, 9)]
+    layer, states = NativeLinear(kernels, *parts), normal(7, 50)
+    unpacked, output = layer.unpacked(), layer(states)
+    joined = join_linears(*parts)
+    assert torch.equal(output, NativeLinear(kernels, joined)(states))
+    assert torch.equal(unpacked.weight, joined.weight)
+    assert torch.equal(unpacked.bias, joined.bias) if biased else unpacked.bias is None
 
 
 @needs_kernels

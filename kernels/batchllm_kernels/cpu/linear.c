@@ -80,22 +80,39 @@ void batchllm_linear(const Product *p)
     }
 }
 
-/* weight [outputs][inputs], contiguous, inputs even -> panels, filled up with zeros. Gated: the first half of the
- * outputs are gates. */
-void batchllm_pack_panels(const bf16 *weight, uint32_t *packed, int64_t outputs, int64_t inputs, int64_t gated)
+/* As _Part in linear.py: some rows of a joined weight. */
+typedef struct {
+    const bf16 *weight; /* [rows][inputs], contiguous */
+    int64_t rows;
+} Part;
+
+/* A row of the joined weight; NULL below the last. */
+static const bf16 *find_row(const Part *parts, int64_t count, int64_t inputs, int64_t row)
 {
-    int64_t half = gated ? outputs / 2 : outputs, width = gated ? PANEL / 2 : PANEL, pairs = inputs / 2;
+    for (; count > 0; parts++, count--) {
+        if (row < parts->rows) return parts->weight + row * inputs;
+        row -= parts->rows;
+    }
+    return NULL;
+}
+
+/* The parts' rows, inputs even -> panels, filled up with zeros. Gated: two parts, of which the first are gates. */
+void batchllm_pack_panels(const Part *parts, int64_t count, uint32_t *packed, int64_t panels, int64_t inputs,
+                          int64_t gated)
+{
+    int64_t width = gated ? PANEL / 2 : PANEL, pairs = inputs / 2;
 #pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < (half + width - 1) / width; panel++)
+    for (int64_t panel = 0; panel < panels; panel++)
         for (int64_t at = 0; at < PANEL; at += LANES) {
-            int64_t first = panel * width + at % width, left = half - first;
-            const bf16 *rows = weight + (first + at / width * half) * inputs;
+            const Part *from = parts + at / width;
+            const bf16 *rows[LANES];
+            for (int i = 0; i < LANES; i++)
+                rows[i] = find_row(from, gated ? 1 : count, inputs, panel * width + at % width + i);
             for (int64_t pair = 0; pair < pairs; pair += LANES) {
+                __mmask16 mask = first_lanes(pairs - pair);
                 __m512i row[LANES];
-                for (int i = 0; i < LANES; i++) {
-                    __mmask16 mask = i < left ? first_lanes(pairs - pair) : 0;
-                    row[i] = _mm512_maskz_loadu_epi32(mask, rows + i * inputs + 2 * pair);
-                }
+                for (int i = 0; i < LANES; i++)
+                    row[i] = rows[i] ? _mm512_maskz_loadu_epi32(mask, rows[i] + 2 * pair) : _mm512_setzero_si512();
                 transpose(row);
                 uint32_t *target = packed + (panel * pairs + pair) * PANEL + at;
                 for (int i = 0; i < least(LANES, pairs - pair); i++) _mm512_store_si512(target + i * PANEL, row[i]);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,36 +24,48 @@ class _Product(ctypes.Structure):
     ]
 
 
-def pack_panels(kernels: ctypes.CDLL, weight: Tensor) -> Tensor:
-    """bfloat16 [outputs, inputs], inputs even → int32 [panels, inputs / 2, 64]: pairs of inputs, outputs side by side.
+class _Part(ctypes.Structure):
+    """As Part in linear.c."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("rows", ctypes.c_int64)]
+
+
+def pack_panels(kernels: ctypes.CDLL, *parts: Tensor) -> Tensor:
+    """bfloat16 [outputs, inputs] each, inputs even → int32 [panels, inputs / 2, 64]: pairs of inputs, the outputs of
+    all parts side by side.
 
     Outputs are filled up with zeros. In large pages where the system has them: products wait less for their first read.
     """
-    return _pack(kernels, weight, -(-len(weight) // PANEL), gated=0)
+    return _pack(kernels, parts, -(-sum(map(len, parts)) // PANEL), gated=0)
 
 
-def pack_gated_panels(kernels: ctypes.CDLL, weight: Tensor) -> Tensor:
-    """[2 size, inputs], the gates first → panels of 32 gates and the 32 outputs that they apply to."""
-    return _pack(kernels, weight, -(-len(weight) // PANEL), gated=1)
+def pack_gated_panels(kernels: ctypes.CDLL, gate: Tensor, up: Tensor) -> Tensor:
+    """[size, inputs] each → panels of 32 gates and the 32 outputs that they apply to."""
+    assert gate.shape == up.shape
+    return _pack(kernels, (gate, up), -(-len(gate) // (PANEL // 2)), gated=1)
 
 
-def _pack(kernels: ctypes.CDLL, weight: Tensor, panels: int, gated: int) -> Tensor:
-    assert weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % 2 == 0
-    pairs = weight.shape[1] // 2
-    packed = zeros_in_large_pages(panels * pairs * PANEL, torch.int32).view(panels, pairs, PANEL)
-    kernels.batchllm_pack_panels(address(weight), address(packed), *counts(*weight.shape, gated))
+def _pack(kernels: ctypes.CDLL, parts: Sequence[Tensor], panels: int, gated: int) -> Tensor:
+    inputs = parts[0].shape[1]
+    assert inputs % 2 == 0
+    for part in parts:
+        assert part.dtype == torch.bfloat16 and part.is_contiguous() and part.shape[1] == inputs
+    packed = zeros_in_large_pages(panels * inputs // 2 * PANEL, torch.int32).view(panels, inputs // 2, PANEL)
+    listed = (_Part * len(parts))(*((part.data_ptr(), len(part)) for part in parts))
+    count, *shape = counts(len(parts), panels, inputs, gated)
+    kernels.batchllm_pack_panels(listed, count, address(packed), *shape)
     return packed
 
 
 def unpack_panels(packed: Tensor, outputs: int) -> Tensor:
-    """What `pack_panels` was given, [outputs, inputs]."""
+    """What `pack_panels` was given, joined: [outputs, inputs]."""
     panels, pairs, _ = packed.shape
     rows = packed.new_empty(panels, PANEL, pairs).copy_(packed.transpose(1, 2))
     return rows.view(panels * PANEL, pairs)[:outputs].view(torch.bfloat16)
 
 
 def unpack_gated_panels(packed: Tensor, size: int) -> Tensor:
-    """What `pack_gated_panels` was given, [2 size, inputs]."""
+    """What `pack_gated_panels` was given, the gates first: [2 size, inputs]."""
     panels, pairs, _ = packed.shape
     rows = unpack_panels(packed, panels * PANEL).view(panels, 2, PANEL // 2, 2 * pairs)
     return rows.transpose(0, 1).reshape(2, -1, 2 * pairs)[:, :size].reshape(2 * size, -1)
