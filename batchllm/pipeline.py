@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchllm.candidates import Candidates
-from batchllm.chunkcache.store import check_store
+from batchllm.chunkcache.store_opening import check_store
 from batchllm.collection import resume_collection
 from batchllm.core import PromptTable, RequestTable
 from batchllm.dataset.answer_cache import AnswerCache

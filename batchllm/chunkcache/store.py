@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from batchllm.chunkcache.catalog import Catalog, ChunkName, StoredChunk
 from batchllm.chunkcache.chunk_file import (
     ChunkFile,
@@ -27,38 +25,14 @@ from batchllm.chunkcache.chunk_file import (
     write_chunk_file,
 )
 from batchllm.chunkcache.identity import chunk_key
-from batchllm.chunkcache.store_folder import BLOCK_BYTES, StoreFolder, last_use, unfinished, whole_blocks
-from batchllm.chunkcache.store_index import (
-    DamagedIndex,
-    IndexState,
-    append_entries,
-    index_bytes,
-    make_entry,
-    make_removal,
-    read_index,
-    write_index,
-)
+from batchllm.chunkcache.store_contents import StoreContents
+from batchllm.chunkcache.store_errors import StoreWriteFailed, writing
+from batchllm.chunkcache.store_folder import StoreFolder, last_use, remove_file, unfinished, whole_blocks
+from batchllm.chunkcache.store_index import make_entry, make_removal
+from batchllm.chunkcache.store_opening import claim, open_to_read, open_to_write
 from batchllm.core import TokenArray
-from batchllm.durable import WriteFailed, sync_folder
-from batchllm.errors import OutputError
+from batchllm.durable import sync_folder
 from batchllm.file_lock import FileLock
-
-_SMALL_FILES = 4 * BLOCK_BYTES  # lock and notes
-_FEW_ENTRIES = 1024  # an index with more, of which most are outdated, is written anew
-
-
-class StoreError(OutputError):
-    """The folder is not a chunk store, or another process is writing it."""
-
-
-class StoreWriteFailed(StoreError, WriteFailed):
-    """The disk is full or refuses to be written. What is in the store stays as it is."""
-
-
-def check_store(path: Path) -> None:
-    """Raises StoreError when there is no chunk store here."""
-    if not StoreFolder(path).is_store():
-        raise StoreError(f"{path}: is not a chunk store; `batchllm precompute` makes one")
 
 
 class ChunkStore:
@@ -75,18 +49,23 @@ class ChunkStore:
         self.problems: list[str] = []  # a sentence for every chunk that was there and cannot be used
         self.folder = StoreFolder(path)
         self._durable = durable
-        self._catalog = Catalog()
-        self._state: IndexState | None = None
+        self._contents = StoreContents(self.folder.index, durable)
         self._lock: FileLock | None = None
         if not write:
-            self._open_for_reading()
+            self.problems += open_to_read(self.folder, self._contents)
             return
-        self._lock = self._claim()
+        self._lock = claim(self.folder)
         try:
-            self._open_for_writing()
+            self.problems += open_to_write(self.folder, self._contents)
+            if limit is not None:
+                self.shrink(limit)
         except BaseException:
             self._release()
             raise
+
+    @property
+    def _catalog(self) -> Catalog:
+        return self._contents.catalog
 
     # ---- reading
 
@@ -123,13 +102,7 @@ class ChunkStore:
 
     def refresh(self) -> None:
         """Takes in what another process has put or removed since."""
-        try:
-            entries, self._state, anew = read_index(self.folder.index, self._state)
-        except (FileNotFoundError, DamagedIndex):
-            return  # what is known stays known
-        if anew:
-            self._catalog = Catalog()
-        self._catalog.take(entries)
+        self._contents.refresh()
 
     def __len__(self) -> int:
         """Stored variants, of all models."""
@@ -140,7 +113,7 @@ class ChunkStore:
 
     def used_bytes(self) -> int:
         """What counts against the limit."""
-        return self._used_with(0)
+        return self._contents.used_bytes()
 
     def least_recently_used(self) -> list[ChunkName]:
         """All stored variants, the one whose last use is longest ago first."""
@@ -174,18 +147,18 @@ class ChunkStore:
         if self._catalog.get(name) is not None:
             return True
         needed = whole_blocks(file_bytes(header, layers))
-        if self.limit is not None and self._used_with(1) + needed > self.limit:
+        if self.limit is not None and self._contents.used_bytes(more_entries=1) + needed > self.limit:
             return False
         path = self.folder.chunk(name)
         temporary = unfinished(path)
         try:
-            with self._writing(temporary):
+            with writing(temporary):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 write_chunk_file(temporary, header, layers, self._durable)
                 os.replace(temporary, path)
                 if self._durable:
                     sync_folder(Path(path).parent)
-                self._append(make_entry(header, needed))
+                self._contents.append(make_entry(header, needed))
         except StoreWriteFailed:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -199,18 +172,16 @@ class ChunkStore:
         for name in names:
             if self._catalog.get(name) is None:
                 continue
-            with self._writing(self.path):
-                self._append(make_removal(name.key, name.variant))
-                _unlink(self.folder.chunk(name))
-        outdated = self._catalog.num_entries - len(self._catalog)
-        if outdated > _FEW_ENTRIES and outdated > len(self._catalog):
-            self._rewrite_index()
+            with writing(self.path):
+                self._contents.append(make_removal(name.key, name.variant))
+                remove_file(self.folder.chunk(name))
+        self._contents.rewrite_if_mostly_outdated()
         return before - self._catalog.disk_bytes
 
     def remove_damaged(self, name: ChunkName) -> None:
         """Removes what `check` named, whether or not the index still knows it."""
         self.remove([name])
-        _unlink(self.folder.chunk(name))
+        remove_file(self.folder.chunk(name))
 
     def shrink(self, limit: int) -> int:
         """Removes the least recently used variants until at most `limit` bytes are used; returns how many."""
@@ -220,8 +191,8 @@ class ChunkStore:
                 break
             self.remove([name])
             removed += 1
-        if self.used_bytes() > limit and self._catalog.num_entries > len(self._catalog):
-            self._rewrite_index()
+        if self.used_bytes() > limit and self._contents.outdated:
+            self._contents.rewrite()
         return removed
 
     def close(self) -> None:
@@ -239,99 +210,10 @@ class ChunkStore:
     ) -> None:
         self.close()
 
-    # ---- opening
-
-    def _claim(self) -> FileLock:
-        if self.path.exists() and not self.folder.is_store() and _holds_anything(self.path):
-            raise StoreError(
-                f"{self.path}: is not a chunk store and not empty; choose another folder for chunks.store"
-            )
-        with self._writing(self.path):
-            self.folder.chunks.mkdir(parents=True, exist_ok=True)
-            self.folder.lock.touch()
-        return FileLock(
-            self.folder.lock,
-            f"{self.path}: another process ({{}}) is writing this chunk store; wait until it has ended",
-        )
-
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-    def _open_for_reading(self) -> None:
-        check_store(self.path)
-        try:
-            entries, self._state, _ = read_index(self.folder.index)
-        except (FileNotFoundError, DamagedIndex) as error:
-            self.problems.append(f"{error}; the chunk files were read one by one instead")
-            entries = self.folder.entries_of(lambda name: False)
-        except OSError as error:
-            raise StoreError(f"{self.folder.index}: cannot be read ({error.strerror})") from error
-        self._catalog.take(entries)
-
-    def _open_for_writing(self) -> None:
-        with self._writing(self.path):
-            clean = not self.folder.unclean.exists()
-            self.folder.unclean.touch()
-            try:
-                entries, self._state, _ = read_index(self.folder.index)
-                self._catalog.take(entries)
-            except FileNotFoundError:
-                clean = False
-            except DamagedIndex as error:
-                self.problems.append(f"{error}; it was made anew from the chunk files")
-                clean = False
-            if not clean:
-                self._recover()
-        if self.limit is not None:
-            self.shrink(self.limit)
-
-    def _recover(self) -> None:
-        """After a process that did not get to the end: makes index and files agree."""
-        self.folder.remove_unfinished()
-        there = set(self.folder.names())
-        for chunk in self:
-            if chunk.name not in there:
-                self._catalog.forget(chunk.name)
-        self._catalog.take(self.folder.entries_of(lambda name: self._catalog.get(name) is not None))
-        for name in there:
-            if self._catalog.get(name) is None:  # damaged
-                _unlink(self.folder.chunk(name))
-        self._rewrite_index()
-
-    # ---- the index
-
-    def _append(self, entry: np.ndarray) -> None:
-        assert self._state is not None
-        self._state = append_entries(self.folder.index, entry, self._state, self._durable)
-        self._catalog.take(entry)
-
-    def _rewrite_index(self) -> None:
-        """Without what was removed."""
-        entries = self._catalog.entries()
-        with self._writing(self.folder.index):
-            self._state = write_index(self.folder.index, entries, self._durable)
-        self._catalog = Catalog()
-        self._catalog.take(entries)
-
-    def _used_with(self, more_entries: int) -> int:
-        entries = self._catalog.num_entries + more_entries
-        index = 2 * whole_blocks(
-            index_bytes(entries)
-        )  # twice: when it is written anew, the old one is still there
-        return self._catalog.disk_bytes + index + _SMALL_FILES
-
-    @contextlib.contextmanager
-    def _writing(self, path: Path | str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise StoreWriteFailed(
-                f"{path}: cannot be written ({reason}); chunks already in the store stay, so free space or fix "
-                "the permissions and run the same command again"
-            ) from error
 
 
 def _problem_of(path: str, name: ChunkName) -> str | None:
@@ -344,12 +226,3 @@ def _problem_of(path: str, name: ChunkName) -> str | None:
     if (header.key, header.variant) != name or chunk_key(header.model, header.tokens) != header.key:
         return f"{path}: holds another chunk than its name says"
     return None
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _holds_anything(path: Path) -> bool:
-    return not path.is_dir() or any(path.iterdir())

@@ -102,6 +102,12 @@ def unfinished(path: str) -> str:
     return path.removesuffix(_SUFFIX) + _TEMPORARY
 
 
+def remove_file(path: str) -> None:
+    """Removes a chunk file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def whole_blocks(size: int) -> int:
     """What a file of this length takes: whole blocks of the file system."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES

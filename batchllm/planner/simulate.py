@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.core import IntArray, Plan
+from batchllm.planner.kept_donors import KeptDonors
 from batchllm.planner.leaf_slots import LEAD, first_slots, grown_slots
 from batchllm.planner.loads import StepLoads
+from batchllm.planner.shared_reads import SharedReads
 from batchllm.planner.timeline import Event, Level, Timeline
 
 
@@ -72,19 +74,15 @@ class _Replay:
         self._leaf: list[int] = plan.sequence_node.tolist()
         self._start: list[int] = plan.node_start.tolist()
         self._length: list[int] = (plan.node_end - plan.node_start).tolist()
-        self._donor: list[int] = plan.node_donor.tolist()
-        self._copied: list[int] = plan.node_copied.tolist()
-        self._has_heir: list[bool] = _has_heir(plan).tolist()
         self._ends_sequence: list[bool] = _ends_sequences(plan).tolist()
         first = np.searchsorted(plan.sequence_node, np.arange(plan.num_nodes))
         self._last_sequence: list[int] = (first + plan.node_leaves - 1).tolist()
         self._last_use = [-1] * plan.num_nodes  # last step in which a sequence below runs
-        self._read_from = [0] * plan.num_nodes  # a chunk below reads the node in all steps from this one ...
-        self._read_until = [-1] * plan.num_nodes  # ... to this one
         self._placed = [False] * plan.num_nodes
         self._stack: list[int] = []
         self._open = 0  # tokens of the placed nodes of the stack
-        self._kept: dict[int, tuple[int, int]] = {}  # donors in wait of their heir: last step in use, slots
+        self._kept = KeptDonors(plan, self.time)
+        self._reads = SharedReads(self._length, self.time)
         self._used = 0  # tokens in the current step
 
     def start(self, sequence: int) -> None:
@@ -142,7 +140,7 @@ class _Replay:
             if self._has_room(added + slots):
                 return slots
             self._go(time.first_below(Level.RESERVED, self._kv_tokens - added - slots))
-            self._drop_kept(time.now - 1)
+            self._kept.drop(time.now - 1)
         if self._has_room(added + slots):
             return slots
         slots = first_slots(own, output, 1)
@@ -170,15 +168,9 @@ class _Replay:
     def _has_room(self, slots: int) -> bool:
         """Whether memory has so many free slots, after what is kept only for copying has gone if need be."""
         free = self._kv_tokens - int(self.time.current[Level.RESERVED]) - slots
-        kept = sum(size for used, size in self._kept.values() if used < self.time.now)
-        if kept > free:
-            self._drop_kept(self.time.now)
+        if self._kept.slots() > free:
+            self._kept.drop(self.time.now)
         return free >= 0
-
-    def _drop_kept(self, step: int) -> None:
-        """Gives up the donors that are out of use in this step."""
-        for node in [node for node, (used, _) in self._kept.items() if used < step]:
-            self.time.change(Level.KEPT, self.time.now, -self._kept.pop(node)[1])
 
     # ---- starting
 
@@ -194,32 +186,17 @@ class _Replay:
         time.change(Level.RUNNING, begin, 1)
         time.change(Level.RESERVED, begin, slots)
         time.change(Level.CEILING, begin, own + output - 1)
-        copied = [self._copy(node) for node in [*missing, leaf]]
+        copied = [self._kept.copy(node) for node in [*missing, leaf]]
         firsts = [self._compute(node, done) for node, done in zip([*missing, leaf], copied)]
         end = self._decode(leaf, output, begin)
         slots = self._grow(own, output, slots)
         time.change(Level.RUNNING, end + 1, -1)
         time.change(Level.RESERVED, end + 1, -slots)
         time.change(Level.CEILING, end + 1, -(own + output - 1))
-        self._read_above(firsts, end)
+        self._reads.read(self._stack, firsts, end)
         if self._stack:
             self._last_use[self._stack[-1]] = max(self._last_use[self._stack[-1]], end)
-        if self._has_heir[leaf]:
-            self._keep(leaf, end, slots)
-
-    def _copy(self, node: int) -> int:
-        """Tokens of a node that are copied from its donor, which is then free to go."""
-        donor = self._donor[node]
-        if donor < 0 or donor not in self._kept:
-            return 0
-        used, slots = self._kept.pop(donor)
-        now = self.time.now
-        self.time.change(Level.KEPT, max(now, used + 1), -slots)
-        if used < now:  # nothing else may have its memory in this step
-            self.time.change(Level.RESERVED, now, slots)
-            self.time.change(Level.RESERVED, now + 1, -slots)
-        self.time.event(Event.COPIED, now, self._copied[node])
-        return self._copied[node]
+        self._kept.keep(leaf, end, slots)
 
     def _compute(self, node: int, done: int) -> int:
         """Puts the tokens of a node from `done` on into this and further steps; returns the first of them."""
@@ -269,44 +246,7 @@ class _Replay:
             slots = grown
         return slots
 
-    def _read_above(self, firsts: list[int], end: int) -> None:
-        """Every node above reads along from the first chunk below it until the sequence ends."""
-        begin = self.time.now + 1
-        for above, node in enumerate(reversed(self._stack)):
-            first = firsts[-1 - above] if above < len(firsts) else -1
-            begin = first if first >= 0 else begin
-            if self._read(node, begin, end):
-                return
-
-    def _read(self, node: int, begin: int, end: int) -> bool:
-        """Returns whether the node, and so every node above, is read until then anyway."""
-        known = self._read_until[node]
-        earlier = min(self._read_from[node], known + 1)
-        if begin < earlier <= self.time.now + 1 and known >= begin:
-            self._count_reads(
-                node, begin, earlier
-            )  # from this step on, where so far it was from the next one on
-            self._read_from[node] = begin
-        elif known >= end:
-            return True
-        if end > known:
-            if begin > known + 1:
-                self._read_from[node] = begin
-            self._count_reads(node, max(begin, known + 1), end + 1)
-            self._read_until[node] = max(known, end)
-        return False
-
-    def _count_reads(self, node: int, begin: int, after: int) -> None:
-        if begin < after:
-            for level, amount in ((Level.SHARED_READS, 1), (Level.SHARED_READ, self._length[node])):
-                self.time.change(level, begin, amount)
-                self.time.change(level, after, -amount)
-
     # ---- ending
-
-    def _keep(self, node: int, used: int, slots: int) -> None:
-        self._kept[node] = (used, slots)
-        self.time.change(Level.KEPT, used + 1, slots)
 
     def _close(self, node: int) -> None:
         """All sequences below have started: the node goes after the last of them."""
@@ -320,15 +260,7 @@ class _Replay:
         time.change(Level.RESERVED, after, -tokens)
         time.change(Level.CEILING, after, -tokens)
         time.foresee(time.now, after, tokens)
-        if self._has_heir[node]:
-            self._keep(node, after - 1, tokens)
-
-
-def _has_heir(plan: Plan) -> NDArray[np.bool_]:
-    """[nodes] whether a later node copies from it."""
-    heir = np.zeros(plan.num_nodes, dtype=np.bool_)
-    heir[plan.node_donor[plan.node_copied > 0]] = True
-    return heir
+        self._kept.keep(node, after - 1, tokens)
 
 
 def _ends_sequences(plan: Plan) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from batchllm.chunkcache import chunk_file, store, store_index
+from batchllm.chunkcache import chunk_file, store, store_contents, store_index
 from batchllm.chunkcache.chunk_file import ChunkHeader, ChunkStatistics, EncodedLayer
 from batchllm.chunkcache.identity import chunk_context, chunk_key
 from batchllm.chunkcache.store import ChunkStore
@@ -76,11 +76,11 @@ def _arm(stop: str) -> None:
     if stop == "before-rename":
         store.os.replace = die  # type: ignore[assignment]
     elif stop == "before-index":
-        store.append_entries = die  # type: ignore[assignment]
+        store_contents.append_entries = die  # type: ignore[assignment]
     elif stop == "in-index":
-        store.append_entries = append_half  # type: ignore[assignment]
+        store_contents.append_entries = append_half  # type: ignore[assignment]
     elif stop == "before-unlink":
-        store._unlink = die  # type: ignore[assignment]
+        store.remove_file = die  # type: ignore[assignment]
     else:
         raise AssertionError(stop)
 

@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.chunkcache import store as store_module
+from batchllm.chunkcache import store_contents
+from batchllm.chunkcache.catalog import ChunkName
 from batchllm.chunkcache.chunk_file import ChunkFile
 from batchllm.chunkcache.identity import chunk_context, model_identity, variant_key
-from batchllm.chunkcache.store import ChunkName, ChunkStore, StoreError, StoreWriteFailed
+from batchllm.chunkcache.store import ChunkStore
+from batchllm.chunkcache.store_errors import StoreError, StoreWriteFailed
 from batchllm.errors import OutputError
 from tests.chunkcache.store_worlds import LAYERS, MODEL, make_chunk, tokens_of
 
@@ -221,7 +224,7 @@ def test_a_reader_bears_removals(tmp_path: Path):
 
 
 def test_an_index_of_removals_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store_module, "_FEW_ENTRIES", 10)
+    monkeypatch.setattr(store_contents, "_FEW_ENTRIES", 10)
     path = tmp_path / "store"
     with open_store(path, write=True) as store:
         put(store, 0)
@@ -256,7 +259,7 @@ def test_a_full_disk_is_named_and_leaves_the_store_whole(
             elif moment == "the rename":
                 patch.setattr(store_module.os, "replace", full)
             else:
-                patch.setattr(store_module, "append_entries", full)
+                patch.setattr(store_contents, "append_entries", full)
             with pytest.raises(StoreWriteFailed, match="No space left"):
                 put(store, 2)
         assert not list(path.rglob("*.tmp"))

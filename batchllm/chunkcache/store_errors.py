@@ -1,0 +1,32 @@
+"""What can be wrong with the folder of a chunk store as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from batchllm.durable import WriteFailed
+from batchllm.errors import OutputError
+
+
+class StoreError(OutputError):
+    """The folder is not a chunk store, or another process is writing it."""
+
+
+class StoreWriteFailed(StoreError, WriteFailed):
+    """The disk is full or refuses to be written. What is in the store stays as it is."""
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises StoreWriteFailed, which names `path`, for an OSError inside."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StoreWriteFailed(
+            f"{path}: cannot be written ({reason}); chunks already in the store stay, so free space or fix "
+            "the permissions and run the same command again"
+        ) from error
