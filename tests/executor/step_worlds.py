@@ -106,18 +106,25 @@ def dense_attention(
     value_dim: int,
 ) -> Tensor:
     """Each token over all slots it sees, in float64, [T, Hq, Dv]. The pool already holds this step's keys."""
-    keys, values = world.pool.keys[0].double(), world.pool.values[0].double()
     heads, tokens, dim = query.shape
-    group = heads // keys.shape[1]
     output = torch.empty(tokens, heads, value_dim, dtype=torch.float64)
-    for token in range(tokens):
-        slots = torch.tensor(world.visible(token, window))
+    for node in {reader.number: reader for reader, _ in world.readers}.values():
+        rows = [row for row, (reader, _) in enumerate(world.readers) if reader is node]
+        last_seen = torch.tensor([node.start + world.readers[row][1] for row in rows]).unsqueeze(1)
+        slots = torch.cat([above.extent.offset + torch.arange(above.length) for above in node.path])
+        position = torch.cat([above.start + torch.arange(above.length) for above in node.path])
+        hidden = position > last_seen
+        if window is not None:
+            hidden |= position <= last_seen - window
+        keys, values = world.pool.keys[0][slots].double(), world.pool.values[0][slots].double()
         for head in range(heads):
-            scores = keys[slots, head // group, :dim] @ query[head, token].double() * scale
+            kv_head = head // (heads // keys.shape[1])
+            scores = query[head, rows].double() @ keys[:, kv_head, :dim].T * scale
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
+            scores.masked_fill_(hidden, -torch.inf)
             if sinks is not None:
-                scores = torch.cat([scores, sinks[head : head + 1].double()])
-            weights = torch.softmax(scores, dim=0)[: len(slots)]
-            output[token, head] = weights @ values[slots, head // group, :value_dim]
+                scores = torch.cat([scores, sinks[head].double().expand(len(rows), 1)], dim=1)
+            weights = torch.softmax(scores, dim=1)[:, : len(slots)]
+            output[rows, head] = weights @ values[:, kv_head, :value_dim]
     return output
