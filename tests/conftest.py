@@ -9,6 +9,8 @@ import pytest
 
 # Triton's interpreter, unless the environment says otherwise. Before any test module can import triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Threads that wait do not spin: they would take the cores from the processes that run other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
