@@ -91,7 +91,12 @@ def run(job: str, overrides: Sequence[str], overwrite: bool, limit: int | None, 
     metavar="NAMES",
     help="Predict for these too: h100, h200, a100, l40s, mi300x.",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=1, help="Devices that share the work.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Predict for so many of each device: each takes a part of the rows.",
+)
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Plan only the first N rows.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def plan(

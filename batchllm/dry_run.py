@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from batchllm.errors import JobError
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_config import load_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
-from batchllm.forecast import forecast, ordered_plan, plan_options, simulate_plan, this_device
+from batchllm.forecast import (
+    Forecast,
+    expected_outputs,
+    forecast,
+    ordered_plan,
+    plan_options,
+    simulate_plan,
+    this_device,
+)
 from batchllm.history import past_lengths, teach
 from batchllm.job import JobSpec
 from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
@@ -36,6 +45,7 @@ from batchllm.planner.model_shape import ModelShape, model_shape
 from batchllm.planner.plan import draft_plan
 from batchllm.planner.savings import ComputedTokens, computed_tokens
 from batchllm.planner.simulate import SimulationOptions
+from batchllm.planner.workers import divided
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch
 
@@ -126,17 +136,22 @@ def _device(
     size = BYTES_PER_VALUE[dtype]
     weights, options = shape.weight_bytes(size), _memory(job, profile, shape, dtype)
     budget = options.kv_tokens * shape.kv_bytes_per_token(size)
-    report = DeviceReport(profile.name, workers, 0.0, 0, weights, budget, 0, 0, profile.calibrated)
+    report = DeviceReport(profile.name, workers, 0.0, 0, 0, weights, budget, 0, 0, profile.calibrated)
     if options.kv_tokens < 1:
         return replace(report, failed_sequences=plan.num_sequences)
-    simulation, outputs = simulate_plan(plan, prompts, lengths, options)
-    found = forecast(simulation, outputs, plan.num_sequences, shape, profile, dtype)
+    forecasts, failed = [], 0
+    for part in divided(plan, expected_outputs(plan, prompts, lengths), workers):
+        simulation, outputs = simulate_plan(part, prompts, lengths, options)
+        forecasts.append(forecast(simulation, outputs, part.num_sequences, shape, profile, dtype))
+        failed += simulation.failed
+    found = reduce(Forecast.beside, forecasts)
     return replace(
         report,
-        seconds=found.seconds / workers,
+        seconds=found.seconds,
         steps=found.steps,
+        computed_tokens=found.prompt_tokens_computed,
         kv_peak_bytes=found.kv_peak_bytes,
-        failed_sequences=simulation.failed,
+        failed_sequences=failed,
     )
 
 
@@ -149,8 +164,7 @@ def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:
 
 def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_reason: str) -> PlanReport:
     prompts, plan = case.prompts, case.plan
-    limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
-    outputs = int(case.lengths.mean_total(plan.sequence_params, limits, plan.sequence_group).sum())
+    outputs = int(expected_outputs(plan, prompts, case.lengths).sum())
     history = case.job.plan.history
 
     def words(row: int, start: int, end: int) -> str:

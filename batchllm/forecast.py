@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchllm.core import Plan, PromptTable
+from batchllm.core import IntArray, Plan, PromptTable
 from batchllm.job import JobSpec
 from batchllm.planner.choose import choose_order
 from batchllm.planner.cost import step_costs
@@ -57,6 +57,11 @@ class Forecast:
             calibrated=self.calibrated and later.calibrated,
         )
 
+    def beside(self, other: Forecast) -> Forecast:
+        """Both at the same time, on devices of their own."""
+        together = self.then(other)
+        return replace(together, seconds=max(self.seconds, other.seconds))
+
     def figures(self) -> dict[str, float]:
         """For metrics.json."""
         return {**asdict(self), "mean_output_tokens": self.mean_output_tokens}
@@ -66,9 +71,14 @@ def simulate_plan(
     plan: Plan, prompts: PromptTable, estimator: LengthEstimator, options: SimulationOptions
 ) -> tuple[Simulation, int]:
     """The steps of a run whose outputs are all as long as is expected, and how many tokens those are."""
-    limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
-    outputs = estimator.mean_total(plan.sequence_params, limits, plan.sequence_group)
+    outputs = expected_outputs(plan, prompts, estimator)
     return simulate(plan, outputs, options), int(outputs.sum())
+
+
+def expected_outputs(plan: Plan, prompts: PromptTable, estimator: LengthEstimator) -> IntArray:
+    """[sequences] tokens."""
+    limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
+    return estimator.mean_total(plan.sequence_params, limits, plan.sequence_group)
 
 
 def combined_figures(forecasts: Sequence[Forecast | None]) -> dict[str, float]:

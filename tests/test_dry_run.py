@@ -108,7 +108,9 @@ def test_devices_and_workers_as_json(
     assert [device["name"] for device in eight] == [device["name"] for device in one]
     assert eight[1]["name"] == "H200 SXM"
     assert (one[1]["workers"], eight[1]["workers"]) == (1, 8)
-    assert eight[1]["seconds"] == pytest.approx(one[1]["seconds"] / 8)
+    assert one[1]["seconds"] / 8 < eight[1]["seconds"] < one[1]["seconds"]
+    # The beginning of all questions is computed eight times.
+    assert eight[1]["computed_tokens"] > one[1]["computed_tokens"] + 7 * 30
 
 
 def test_nothing_is_written_and_no_weights_are_needed(

@@ -39,11 +39,12 @@ class DeviceReport:
 
     name: str
     workers: int
-    seconds: float  # in which the model runs, the work divided evenly among the workers
+    seconds: float  # in which the model runs, until the last worker has ended (see planner.workers)
     steps: int  # of all workers together
+    computed_tokens: int  # prompt tokens, by all workers together: each computes the prefixes that it needs
     weight_bytes: int
     kv_budget_bytes: int
-    kv_peak_bytes: int
+    kv_peak_bytes: int  # of the worker that takes most
     failed_sequences: int  # that do not fit in KV memory
     calibrated: bool
 

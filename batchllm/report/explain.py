@@ -75,6 +75,17 @@ def _devices(report: PlanReport) -> Iterator[str]:
         peak, budget = size(device.kv_peak_bytes), size(device.kv_budget_bytes)
         yield f"{name[:30]:<31}{time:>11}{device.steps:>9,}{peak:>11}{budget:>11}"
     yield _line("order", report.order_reason)
+    shared = [device for device in report.devices if device.workers > 1 and device.steps]
+    if shared:
+        yield _line("workers", _workers(shared[0], report.computed_tokens))
+
+
+def _workers(device: DeviceReport, alone: int) -> str:
+    more = max(0, device.computed_tokens - alone)
+    return (
+        f"each of {device.workers} takes a stretch of the plan; prefixes that several need are computed by each: "
+        f"{more:,} prompt tokens more ({more / max(1, alone):.1%}). The time is the slowest one's."
+    )
 
 
 def _lack(device: DeviceReport) -> str:

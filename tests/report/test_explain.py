@@ -10,7 +10,7 @@ import pytest
 from batchllm.planner.explain import DeviceReport, LevelReport, PlanReport, PrefixReport
 from batchllm.report.explain import duration, plan_json, plan_text, size
 
-DEVICE = DeviceReport("H200 SXM", 8, 7260.0, 2_053_000, 7 << 30, 111 << 30, 100 << 30, 0, False)
+DEVICE = DeviceReport("H200 SXM", 8, 7260.0, 2_053_000, 84_000_000, 7 << 30, 111 << 30, 100 << 30, 0, False)
 REPORT = PlanReport(
     job="/home/somebody/with/a/long/path/to/the/very/folder/in/which/the/job/lies/job.yaml",
     model="phi-3-mini",
@@ -72,6 +72,9 @@ def test_devices():
     assert "~2 h 01" in text
     (here,) = [line for line in text.splitlines() if line.startswith("this device")]
     assert "  99.0 s" in here  # measured: no doubt is shown
+    words = " ".join(text.split())
+    assert "workers each of 8 takes a stretch" in words and "1,000,000 prompt tokens more (1.2%)" in words
+    assert "workers" not in plan_text(replace(REPORT, devices=REPORT.devices[1:]))
     heavy = replace(DEVICE, steps=0, kv_budget_bytes=0, failed_sequences=9)
     assert "8 x H200 SXM                   no room: the weights take 7.0 GiB" in plan_text(
         replace(REPORT, devices=(heavy,))
