@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchllm.api import run
-    from batchllm.llm import LLM, SamplingParams
+    from batchllm.llm import LLM
     from batchllm.llm_outputs import CompletionOutput, RequestOutput
+    from batchllm.llm_params import SamplingParams
     from batchllm.pipeline import RunSummary
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "RunSummary", "SamplingParams", "run"]
@@ -23,7 +24,7 @@ _HOMES = {
     "LLM": "batchllm.llm",
     "CompletionOutput": "batchllm.llm_outputs",
     "RequestOutput": "batchllm.llm_outputs",
-    "SamplingParams": "batchllm.llm",
+    "SamplingParams": "batchllm.llm_params",
     "RunSummary": "batchllm.pipeline",
     "run": "batchllm.api",
 }

@@ -25,8 +25,9 @@ from lm_eval.models.utils import (
 )
 
 from batchllm import core
-from batchllm.llm import LLM, SamplingParams
+from batchllm.llm import LLM
 from batchllm.llm_outputs import CompletionOutput
+from batchllm.llm_params import SamplingParams
 from batchllm.scoring import Score, TokenSpan, encode_all, move_spaces, prefix_token, windows
 
 RequestType = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]

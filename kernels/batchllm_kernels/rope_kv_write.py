@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from batchllm_kernels import interpreter  # noqa: F401 - prepares the interpreter where it runs the kernels
-from batchllm_kernels.rms_norm import rms_norm_reference, scaled_by_norm
+from batchllm_kernels.rms_norm import rms_norm_reference
+from batchllm_kernels.rotated_heads import rotate_heads, stored_as
 
 _ELEMENTS = 1024  # of a program: a few heads of one token
 
@@ -218,7 +219,7 @@ def rope_kv_write_kernel(
     cos, sin = Cos + table_row * stride_cos, Sin + table_row * stride_sin
     if block < QUERY_BLOCKS:
         head = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
-        _rotate_heads(
+        rotate_heads(
             *(Query + token * stride_query_token + head * stride_query_head, head < QUERY_HEADS),
             *(Output + token * stride_output_token + head * stride_output_head, 1.0),
             *(
@@ -244,7 +245,7 @@ def rope_kv_write_kernel(
             scale = 1.0
             if LARGEST > 0:
                 scale = tl.load(KeyScale + head * KEY_SCALE_STRIDE, mask=head < KV_HEADS, other=1.0)
-            _rotate_heads(
+            rotate_heads(
                 *(Key + token * stride_key_token + head * stride_key_head, head < KV_HEADS, target, scale),
                 *(
                     cos,
@@ -277,72 +278,5 @@ def rope_kv_write_kernel(
                 scale = tl.load(ValueScale + head * VALUE_SCALE_STRIDE, mask=head < KV_HEADS, other=1.0)
             states = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
             tl.store(
-                target + column, _stored(states, scale, ValuePool.dtype.element_ty, LARGEST), mask=inside
+                target + column, stored_as(states, scale, ValuePool.dtype.element_ty, LARGEST), mask=inside
             )
-
-
-@triton.jit
-def _rotate_heads(
-    Source,  # [BLOCK_HEADS, 1] pointers to the heads
-    inside_heads,  # [BLOCK_HEADS, 1]
-    Target,  # [BLOCK_HEADS, 1] pointers to where they go
-    scale,
-    Cos,  # [HALF]
-    Sin,
-    Norm,  # [WIDTH]
-    epsilon,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    LARGEST: tl.constexpr,
-):
-    """Loads heads, normalises and rotates them, and stores them divided by `scale`."""
-    source_type: tl.constexpr = Source.dtype.element_ty
-    target_type: tl.constexpr = Target.dtype.element_ty
-    pair = tl.arange(0, BLOCK_HALF)[None, :]
-    in_half = pair < HALF
-    inside = inside_heads & in_half
-    if INTERLEAVED:
-        first_column, second_column = 2 * pair, 2 * pair + 1
-    else:
-        first_column, second_column = pair, pair + HALF
-    first = tl.load(Source + first_column, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(Source + second_column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        squares = tl.sum(first * first + second * second, axis=1, keep_dims=True)
-    if BLOCK_REST > 0:
-        rest_column = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-        inside_rest = inside_heads & (rest_column < WIDTH)
-        rest = tl.load(Source + rest_column, mask=inside_rest, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += tl.sum(rest * rest, axis=1, keep_dims=True)
-    if HAS_NORM:
-        factor = tl.rsqrt(squares / WIDTH + epsilon)
-        first_weight = tl.load(Norm + first_column, mask=in_half, other=0.0).to(tl.float32)
-        second_weight = tl.load(Norm + second_column, mask=in_half, other=0.0).to(tl.float32)
-        first = scaled_by_norm(first * factor, first_weight, source_type, ONE_PLUS).to(tl.float32)
-        second = scaled_by_norm(second * factor, second_weight, source_type, ONE_PLUS).to(tl.float32)
-        if BLOCK_REST > 0:
-            rest_weight = tl.load(Norm + rest_column, mask=rest_column < WIDTH, other=0.0).to(tl.float32)
-            rest = scaled_by_norm(rest * factor, rest_weight, source_type, ONE_PLUS).to(tl.float32)
-    cos = tl.load(Cos + pair, mask=in_half, other=0.0).to(tl.float32)
-    sin = tl.load(Sin + pair, mask=in_half, other=0.0).to(tl.float32)
-    new_first = _stored(first * cos - second * sin, scale, target_type, LARGEST)
-    new_second = _stored(second * cos + first * sin, scale, target_type, LARGEST)
-    tl.store(Target + first_column, new_first, mask=inside)
-    tl.store(Target + second_column, new_second, mask=inside)
-    if BLOCK_REST > 0:
-        tl.store(Target + rest_column, _stored(rest, scale, target_type, LARGEST), mask=inside_rest)
-
-
-@triton.jit
-def _stored(states, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """float32 states as the pool holds them."""
-    if LARGEST > 0:
-        return tl.clamp(states / scale, -LARGEST, LARGEST).to(dtype)
-    else:
-        return states.to(dtype)

@@ -10,7 +10,8 @@ import torch
 
 from batchllm.executor import device as devices
 from batchllm.executor.device import Gpu, Machine
-from batchllm.llm import LLM, SamplingParams
+from batchllm.llm import LLM
+from batchllm.llm_params import SamplingParams
 from tests.jobs import exit_code_of, make_job, questions, read_output
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
