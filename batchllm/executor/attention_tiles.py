@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from batchllm.executor.step import Chunk, SharedRead
 from batchllm.executor.tree_order import first_rows, row_ranges, tree_order
 
-_QUERIES = 128  # most queries of a tile and KV head: enough to make packing a block of keys cheap
+_QUERIES = 256  # most queries of a tile and KV head: enough to make packing a block of keys cheap
 _NARROW = 32  # as in attention.c: keys that no more queries read come from memory for all heads at once
 _TILES = 4  # for each thread, where keys are mostly read by few
 

@@ -99,7 +99,7 @@ def test_rows_that_share_little_make_small_tiles_and_sharing_ones_large_tiles() 
         read = SharedRead(Extent(0, shared), 0, shared, chunks)
         return int(np.diff(plan_tiles(chunks, [read], 4, 2).tile_first).max())
 
-    assert widest(shared=4000, own=8) == 32  # 128 queries
+    assert widest(shared=4000, own=8) == 64  # 256 queries
     assert widest(shared=16, own=100) == 8  # four tiles for each of two threads
 
 

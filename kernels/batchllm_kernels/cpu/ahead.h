@@ -1,6 +1,6 @@
-/* Memory that is read next, asked for line by line while the products of what is there already go on.
+/* Memory that is read next, asked for bit by bit while the products of what is there already go on.
  *
- * All at once, requests would fill the queue of the first-level cache and the products behind them would wait; one
+ * All at once, requests would fill the queue of the first-level cache and the products behind them would wait; a line
  * every few products costs next to nothing. Lines go to the second-level cache: the first is full of what is worked on.
  */
 #pragma once
@@ -18,34 +18,44 @@ typedef struct {
 
 typedef struct {
     Stretch keys, values;
-    int64_t pace;           /* lines asked for at a time */
+    int64_t pace;           /* bytes asked for at a time */
     int64_t rest;           /* loops ask at every step whose number has none of these bits */
 } Ahead;
 
-static inline void ask_line(Stretch *s)
+/* Asks for so many bytes of the stretch, at most; returns how many. */
+static inline int64_t ask_some(Stretch *s, int64_t bytes)
 {
-    _mm_prefetch(s->row + s->at, _MM_HINT_T1);
-    s->at += LINE;
-    if (s->at < s->width) return;
-    s->at = 0;
-    s->row += s->stride;
-    s->rows--;
+    int64_t end = s->at + bytes < s->width ? s->at + bytes : s->width, asked = end - s->at;
+    for (int64_t at = s->at; at < end; at += LINE) _mm_prefetch(s->row + at, _MM_HINT_T1);
+    s->at = end;
+    if (end == s->width) s->at = 0, s->row += s->stride, s->rows--;
+    return asked;
 }
 
 static inline void ask(Ahead *ahead)
 {
-    for (int64_t i = 0; i < ahead->pace; i++) {
-        if (ahead->keys.rows) ask_line(&ahead->keys);
-        else if (ahead->values.rows) ask_line(&ahead->values);
-        else ahead->pace = 0;
+    for (int64_t left = ahead->pace; left > 0;) {
+        if (ahead->keys.rows) left -= ask_some(&ahead->keys, left);
+        else if (ahead->values.rows) left -= ask_some(&ahead->values, left);
+        else ahead->pace = left = 0;
     }
+}
+
+/* Rows without gaps are one. */
+static inline void join_rows(Stretch *s)
+{
+    if (s->width != s->stride || !s->rows) return;
+    s->width *= s->rows;
+    s->rows = 1;
 }
 
 /* Spreads the lines over `chances` to ask. */
 static inline void set_pace(Ahead *ahead, int64_t chances)
 {
     int64_t lines = (ahead->keys.rows * ahead->keys.width + ahead->values.rows * ahead->values.width) / LINE + 1;
-    ahead->pace = (lines + chances - 1) / chances;
+    ahead->pace = (lines + chances - 1) / chances * LINE;
     ahead->rest = 0;
     while (ahead->rest < 7 && lines * 2 * (ahead->rest + 1) <= chances) ahead->rest = 2 * ahead->rest + 1;
+    join_rows(&ahead->keys);
+    join_rows(&ahead->values);
 }

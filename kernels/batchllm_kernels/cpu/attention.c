@@ -14,12 +14,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "few.h"
 #include "packing.h"
 #include "settled.h"
 
 enum {
     NARROW = 32,                /* queries of a head that make a segment worth reading head by head */
-    UNITS = 2                   /* pieces of work for each thread, so that none has much more than another */
+    UNITS = 4                   /* pieces of work for each thread, so that none has much more than another */
 };
 
 /* Consecutive keys of one segment, for some of the heads. */
@@ -98,8 +99,10 @@ static Ahead ahead_of(const Job *job, const Work *w, Block now, Block next)
     int64_t width = next.heads * job->key_head * bytes, value_width = next.heads * job->value_head * bytes;
     ahead.keys = (Stretch){(const char *)keys, width, job->key_slot * bytes, next.count, 0};
     ahead.values = (Stretch){(const char *)values, value_width, job->value_slot * bytes, next.count, 0};
-    int64_t groups = ((now.segment[1] - now.segment[0]) * job->group + ROWS - 1) / ROWS;
-    set_pace(&ahead, now.heads * now.count * (3 + 4 * groups) / 4 + 1);
+    int64_t queries = (now.segment[1] - now.segment[0]) * job->group, groups = (queries + ROWS - 1) / ROWS;
+    /* Times to ask for four keys: two for their values, then for putting them in order, or one for their scores. */
+    int64_t times = are_few(job, queries) ? 3 : 3 + 4 * groups;
+    set_pace(&ahead, now.heads * now.count * times / 4 + 1);
     return ahead;
 }
 
@@ -111,6 +114,11 @@ static void attend_block(const Job *job, Work *w, Block block)
         const bf16 *keys = job->keys + slot * job->key_slot + (w->head + head) * job->key_head;
         const bf16 *values = job->values + slot * job->value_slot + (w->head + head) * job->value_head;
         int64_t above = head * (w->last - w->first) * job->group; /* queries of the heads before */
+        if (are_few(job, last - first)) {
+            Sight sight = sight_of(job, w, first, (int)(last - first), start, block.count);
+            if (sight.end) attend_few(job, w, above + first, (int)(last - first), &sight, keys, values);
+            continue;
+        }
         pack_keys(keys, job->key_slot, block.count, job->key_dim, w->key_width, w->keys, &w->ahead);
         pack_values(values, job->value_slot, block.count, job->value_dim, w->value_width, w->values, &w->ahead);
         for (int64_t query = first; query < last; query += ROWS)

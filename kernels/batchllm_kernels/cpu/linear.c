@@ -11,7 +11,12 @@
 #include "packing.h"
 #include "products.h"
 
-enum { PANEL = WIDE * LANES, UNITS = 4, FEWEST_ROWS = 48 };
+enum {
+    PANEL = WIDE * LANES,
+    LAST = 2,                   /* panels for each thread that are divided by rows */
+    PIECES = 8,                 /* of such a panel, at most */
+    FEWEST_ROWS = 48            /* of a piece */
+};
 
 /* As _Product in linear.py. Strides count elements. */
 typedef struct {
@@ -59,24 +64,37 @@ static inline __attribute__((always_inline)) void some_rows(const Product *p, in
     finish(p, sums, row, panel, rows);
 }
 
+/* Rows first .. last, six at a time, by one panel. */
+static void some_panel(const Product *p, int64_t panel, int64_t first, int64_t last)
+{
+    for (int64_t row = first; row < last; row += ROWS)
+        switch (least(ROWS, last - row)) {
+        case 1: some_rows(p, row, panel, 1); break;
+        case 2: some_rows(p, row, panel, 2); break;
+        case 3: some_rows(p, row, panel, 3); break;
+        case 4: some_rows(p, row, panel, 4); break;
+        case 5: some_rows(p, row, panel, 5); break;
+        default: some_rows(p, row, panel, 6); break;
+        }
+}
+
+/* Panels are taken whole, so that each is read once. The last few are divided by rows: threads that are done wait for
+ * the others, and no longer than a small piece of work takes. */
 void batchllm_linear(const Product *p)
 {
-    int64_t panels = (p->outputs + PANEL - 1) / PANEL, enough = UNITS * omp_get_max_threads();
-    /* Rows are divided too where there are few panels. */
-    int64_t parts = most(1, least((enough + panels - 1) / panels, p->rows / FEWEST_ROWS));
+    int64_t panels = (p->outputs + PANEL - 1) / PANEL;
+    int64_t whole = most(0, panels - LAST * omp_get_max_threads());
+    int64_t parts = most(1, least(PIECES, p->rows / FEWEST_ROWS));
     int64_t size = (p->rows + parts * ROWS - 1) / (parts * ROWS) * ROWS;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < panels * parts; unit++) {
-        int64_t panel = unit / parts, first = unit % parts * size, last = least(first + size, p->rows);
-        for (int64_t row = first; row < last; row += ROWS)
-            switch (least(ROWS, last - row)) {
-            case 1: some_rows(p, row, panel, 1); break;
-            case 2: some_rows(p, row, panel, 2); break;
-            case 3: some_rows(p, row, panel, 3); break;
-            case 4: some_rows(p, row, panel, 4); break;
-            case 5: some_rows(p, row, panel, 5); break;
-            default: some_rows(p, row, panel, 6); break;
-            }
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t panel = 0; panel < whole; panel++) some_panel(p, panel, 0, p->rows);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < (panels - whole) * parts; unit++) {
+            int64_t first = unit % parts * size;
+            some_panel(p, whole + unit / parts, first, least(first + size, p->rows));
+        }
     }
 }
 
