@@ -19,7 +19,9 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
 
 
-def attended(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softcap: float | None) -> Tensor:
+def attended(
+    query: Tensor, keys: Tensor, values: Tensor, window: int | None, softcap: float | None
+) -> Tensor:
     """query [n, heads, D] of the last n positions; keys and values [slots, KV heads, D], with others around them."""
     kernels = native_kernels(BF16)
     assert kernels is not None
@@ -48,8 +50,10 @@ def exact(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softc
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows, group", [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3), (1, 4)])
-@pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (128, 128), (96, 32), (32, 160), (80, 64), (64, 48)])
+@pytest.mark.parametrize(("rows", "group"), [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3), (1, 4)])
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"), [(64, 64), (128, 128), (96, 32), (32, 160), (80, 64), (64, 48)]
+)
 def test_few_queries_over_any_number_of_keys(rows: int, group: int, key_dim: int, value_dim: int) -> None:
     """The last two head sizes do not fill vectors: these are packed, as for many queries."""
     for count in (4, 5, 6, 7, 15, 16, 17, 49, 64, 255, 256, 257, 300):
