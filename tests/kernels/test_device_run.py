@@ -28,18 +28,24 @@ def machine(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("machine")
 def test_a_job_gives_the_answers_of_the_cpu(model_folder: Path, tmp_path: Path) -> None:
+    """Prompts of several pages, two levels of sharing; short, for the interpreter takes long over each token."""
+    system = "Answer in one word. "
+    topic = system + "The topic is number 1, as was agreed before. "
+    prompts = [topic + "Red?", topic + "Blue, or not?", system + "Why?", "Alone."]
+    rows = [{"id": str(number), "prompt": prompt} for number, prompt in enumerate(prompts)]
     answers = []
     for device in ("cpu", "cuda"):
         job = make_job(
             tmp_path / device,
             model_folder,
-            questions(6),
+            rows,
             generate={"max_tokens": 4, "logprobs": True},
             engine={"device": device, "kv_memory": "4MiB", "min_shared_tokens": 8},
         )
         assert exit_code_of("run", job) == 0
         answers.append(read_output(tmp_path / device / "out"))
     on_cpu, on_gpu = answers
+    assert on_gpu["shared_tokens"].sum() > len(topic)
     assert on_gpu["output"].to_list() == on_cpu["output"].to_list()
     assert on_gpu["output_tokens"].to_list() == on_cpu["output_tokens"].to_list()
 
