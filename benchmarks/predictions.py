@@ -20,6 +20,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from batchllm import core
 from batchllm.dataset.keys import make_requests
@@ -124,7 +125,7 @@ class _CountingEngine(Engine):
         super().__init__(*arguments)
         self._counted: list[list[float]] = []
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
+    def _forward(self, batch: StepBatch) -> torch.Tensor | NDArray[np.int64]:
         self._counted.append(_loads(batch))
         return super()._forward(batch)
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchllm.core import PromptTable, RequestTable, SamplingParams
 from batchllm.executor.backend import CpuBackend
 from batchllm.executor.engine import Engine, EngineOptions
 from batchllm.executor.forward_context import StepAttention
+from batchllm.executor.greedy_head import needs_only_largest
 from batchllm.executor.kv_buffers import KvBuffers
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.model import ModelRunner
@@ -53,13 +55,14 @@ def calibrate(model: ModelRunner, params: SamplingParams | None = None) -> Devic
     """A profile of this device running `model`, sampling with `params`. Takes a few seconds, the largest model too."""
     shape = model_shape(model.text_config)
     timings = _time_steps(model)
-    fixed, row = _engine_overhead(model, params or SamplingParams(), shape.vocabulary)
+    params = params or SamplingParams()
+    fixed, row = _engine_overhead(model, params, shape.vocabulary)
     plan_fixed, plan_chunk = _plan_overhead(timings)
     attention = _attention_fit(timings, shape, model.dtype.itemsize)
     return DeviceProfile(
         name="this device",
         layer_rate=_layer_rate(timings, shape),
-        logit_rate=_logit_rate(model, shape),
+        logit_rate=_logit_rate(model, shape, params),
         weight_bandwidth=float("inf"),  # the measured rates of few rows know it
         shared_flops=attention.shared_flops,
         own_flops=attention.own_flops,
@@ -206,12 +209,18 @@ def _plan_overhead(timings: list[_Timing]) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def _logit_rate(model: ModelRunner, shape: ModelShape) -> RateCurve:
-    project = model.model.get_output_embeddings()
+def _logit_rate(model: ModelRunner, shape: ModelShape, params: SamplingParams) -> RateCurve:
+    """With the choice of the token, where that needs no logits."""
+    layer = model.model.get_output_embeddings()
+    head = model.greedy_head if needs_only_largest(params) else None
+
+    def project(states: Tensor) -> object:
+        return layer(states).float() if head is None else head.tokens(states)
+
     rates = []
     for rows in _LOGIT_ROWS:
         states = torch.randn(rows, shape.hidden_size).to(model.dtype)
-        seconds = _fastest(lambda states=states: project(states).float())  # type: ignore[misc]
+        seconds = _fastest(lambda states=states: project(states))  # type: ignore[misc]
         rates.append(rows * shape.flops_per_logit_row / seconds)
     return RateCurve(tuple(map(float, _LOGIT_ROWS)), tuple(rates))
 
@@ -229,17 +238,21 @@ def _fastest(work: Callable[[], object], repeats: int = 2) -> float:
 
 
 class _InstantModel:
-    """Answers with the same logits always."""
+    """Answers with the same logits always, or at once with tokens if it `chooses`."""
 
     max_length = None
 
-    def __init__(self, model: ModelRunner, rows: int, vocabulary: int) -> None:
+    def __init__(self, model: ModelRunner, rows: int, vocabulary: int, chooses: bool) -> None:
         self.layers, self.dtype = model.layers[:1], model.dtype
         self.backend = CpuBackend()
         self._logits = torch.randn(rows, vocabulary)
+        self._chooses = chooses
 
     def forward(self, batch: StepBatch, _attention: object) -> Tensor:
         return self._logits[: len(batch.logit_rows)]
+
+    def greedy_tokens(self, batch: StepBatch, _attention: object) -> NDArray[np.int64] | None:
+        return np.zeros(len(batch.logit_rows), dtype=np.int64) if self._chooses else None
 
 
 def _engine_overhead(model: ModelRunner, params: SamplingParams, vocabulary: int) -> tuple[float, float]:
@@ -267,7 +280,8 @@ def _engine_seconds(model: ModelRunner, params: SamplingParams, vocabulary: int,
     key = np.stack([row, row], axis=1).astype(np.uint64)
     requests = RequestTable(row, np.zeros(sequences, dtype=np.int32), key)
     plan = build_plan(prompts, requests, np.ones(sequences, dtype=bool), PlanOptions())
-    stub: Any = _InstantModel(model, sequences, vocabulary)
+    chooses = needs_only_largest(chosen) and model.greedy_head is not None
+    stub: Any = _InstantModel(model, sequences, vocabulary, chooses)
     options = EngineOptions(kv_tokens=sequences * (_DECODED + 64))
     engine = Engine(stub, plan, prompts, requests, StopRules(frozenset(), None), options)
     marks = [_clock()]

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchllm.core import FinishReason, Plan, PromptLogprobs, PromptTable, RequestTable, SequenceResult
 from batchllm.executor.backend import Backend
 from batchllm.executor.forward_context import StepAttention
 from batchllm.executor.grammars import load_vocabulary
+from batchllm.executor.greedy_head import needs_only_largest
 from batchllm.executor.logit_rules import LogitRules
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.running import Running
@@ -101,6 +103,7 @@ class Engine:
         if any(params.structure for params in prompts.params):
             size = model.text_config.vocab_size
             self.structures = StructureMasks(load_vocabulary(tokenizer, size, sorted(eos_ids)), size)
+        self._some_greedy = any(map(needs_only_largest, prompts.params))
         self._dead_ends: set[int] = set()  # sequences for which no token is allowed
 
     def run(self) -> Iterator[list[SequenceResult]]:
@@ -108,9 +111,9 @@ class Engine:
         while batch := self.scheduler.schedule():
             held = self.pool.used, len(self.scheduler.running)
             self._lap("schedule")
-            logits = self._forward(batch)
+            found = self._forward(batch)
             self._lap("forward")
-            tokens, logprobs = self._choose(batch.samples, logits)
+            tokens, logprobs = self._choose(batch.samples, found)
             self._lap("sample")
             finished = self.scheduler.absorb(batch, tokens, logprobs, self._has_ended)
             self._lap("absorb")
@@ -122,8 +125,9 @@ class Engine:
         if failed:
             yield failed
 
-    def _forward(self, batch: StepBatch) -> Tensor:
-        """[L, V] logits of this step, and keeps those that later sequences start from."""
+    def _forward(self, batch: StepBatch) -> Tensor | NDArray[np.int64]:
+        """[L, V] logits of this step, and keeps those that later sequences start from; or [L] tokens, where these are
+        chosen faster without all logits."""
         if not len(batch.tokens):
             return torch.empty(0, 0)
         attention = self.backend.attention(self.pool, batch)
@@ -131,15 +135,29 @@ class Engine:
         if stored is not None:
             attention = StoredKvAttention(attention, stored)
         self._lap("prepare")
-        if batch.scores is None:
-            logits = self.model.forward(batch, attention)
-        else:
-            logits = self._forward_scored(batch, batch.scores, attention)
+        tokens = self.model.greedy_tokens(batch, attention) if self._needs_only_largest(batch) else None
+        if tokens is None:
+            logits = self._logits(batch, attention)
+            for node, row in batch.keep_logits:
+                self._kept_logits[node] = logits[row].clone()
         if stored is not None:
             stored.end_step()
-        for node, row in batch.keep_logits:
-            self._kept_logits[node] = logits[row].clone()
-        return logits
+        return logits if tokens is None else tokens
+
+    def _needs_only_largest(self, batch: StepBatch) -> bool:
+        """Whether of this step's logits nothing is wanted but the token of the largest."""
+        if not (self._some_greedy and batch.samples) or batch.keep_logits or batch.scores is not None:
+            return False
+        running = self.scheduler.running
+        return all(
+            sample.logit_row >= 0 and needs_only_largest(running[sample.sequence].params)
+            for sample in batch.samples
+        )
+
+    def _logits(self, batch: StepBatch, attention: StepAttention) -> Tensor:
+        if batch.scores is None:
+            return self.model.forward(batch, attention)
+        return self._forward_scored(batch, batch.scores, attention)
 
     def _forward_scored(self, batch: StepBatch, scores: StepScores, attention: StepAttention) -> Tensor:
         """Reads the step's scores, a slice of logits at a time; [S, V] logits of the rows sampled from."""
@@ -153,8 +171,14 @@ class Engine:
                 kept.append(logits[torch.from_numpy(inside - first).to(logits.device)])
         return torch.cat(kept)
 
-    def _choose(self, samples: list[Sample], logits: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """`_sample` where some sequences are scored: these get token 0, which nobody reads."""
+    def _choose(
+        self, samples: list[Sample], found: Tensor | NDArray[np.int64]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """`_sample` from logits, where `_forward` has not chosen already. Scored sequences get token 0, which nobody
+        reads."""
+        if isinstance(found, np.ndarray):
+            return found[[sample.logit_row for sample in samples]], None
+        logits = found
         chosen = [index for index, sample in enumerate(samples) if sample.logit_row != UNREAD]
         if len(chosen) == len(samples):
             return self._sample(samples, logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from batchllm.executor.forward_context import (
 )
 from batchllm.executor.fused_layer import fuse_layers, restore_layers
 from batchllm.executor.gate import LengthLimit, refused
+from batchllm.executor.greedy_head import GreedyHead
 from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.model_config import first_line, load_config
 from batchllm.executor.native import native_kernels
@@ -83,9 +85,7 @@ class ModelRunner:
         """tokens, positions int64 [T] on the device → [L, vocabulary] of `logit_rows`, or of all, in its dtype."""
         if self.device_model is not None and hasattr(attention, "attend_written"):
             return self.device_model.logits(tokens, cast(Any, attention), logit_rows)
-        # Fused layers return the tokens with logits alone, where they can: then all of them are kept (0).
-        returns_last = self.fused and self.device_model is None and attention.logit_rows is not None
-        keeps_all = logit_rows is None or returns_last
+        keeps_all = logit_rows is None or self._returns_last(attention)
         with attention_of(attention):
             output = self.model(
                 input_ids=tokens.unsqueeze(0),
@@ -97,12 +97,37 @@ class ModelRunner:
         return logits
 
     @torch.inference_mode()
+    def greedy_tokens(self, batch: StepBatch, attention: StepAttention) -> NDArray[np.int64] | None:
+        """Of `batch.logit_rows` [L] the token with the largest logit, the first of equals; None where there is no
+        faster way to it than all logits, and nothing has been computed."""
+        head = self.greedy_head
+        if head is None or not head.pays:
+            return None
+        tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
+        base = getattr(self.model, self.model.base_model_prefix)
+        with attention_of(attention):
+            output = base(input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False)
+        states: Tensor = output.last_hidden_state[0]
+        if not self._returns_last(attention):
+            states = states[self._on_device(batch.logit_rows)]
+        return head.tokens(states)
+
+    @cached_property
+    def greedy_head(self) -> GreedyHead | None:
+        """Made when first asked for: its weights take memory."""
+        return GreedyHead.of(self.model) if self.placement.gpu is None else None
+
+    def _returns_last(self, attention: StepAttention) -> bool:
+        """Whether the last layer returns only the tokens with logits, as fused layers do where they can."""
+        return self.fused and self.device_model is None and attention.logit_rows is not None
+
+    @torch.inference_mode()
     def forward_in_slices(
         self, batch: StepBatch, attention: StepAttention, rows: int
     ) -> Iterator[tuple[int, Tensor]]:
         """The logits that `forward` gives, at most `rows` rows at once: (number of the first row, [n, V])."""
         wanted = self._on_device(batch.logit_rows)
-        if self.fused and self.device_model is None and attention.logit_rows is not None:
+        if self._returns_last(attention):
             wanted = torch.arange(len(wanted), device=self.device)
         # What is below the output projection runs once; the projection, with all that a model does after it
         # (scaling, capping), runs for each slice.
@@ -148,10 +173,12 @@ class ModelRunner:
         """Keeps the weights of linear layers in the form that a CPU multiplies fastest with. `unfuse` undoes it."""
         if self.placement.gpu is None:
             pack_linears(self.model, native_kernels(self.dtype))
+        vars(self).pop("greedy_head", None)
 
     def unfuse(self) -> None:
         """Back to transformers' own layers."""
         unpack_linears(self.model)
+        vars(self).pop("greedy_head", None)
         if self.fused and self.device_model is None:
             restore_layers(self.model)
         self.device_model = None

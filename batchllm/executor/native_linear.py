@@ -27,7 +27,12 @@ class NativeLinear(nn.Module):
         self.in_features, self.out_features = parts[0].in_features, sum(part.out_features for part in parts)
         self.bias = joined_bias(*parts)
         self._kernels = kernels
-        self._packed = pack_panels(kernels, *(part.weight.data for part in parts))
+        self._packed: Tensor = pack_panels(kernels, *(part.weight.data for part in parts))
+
+    @property
+    def packed(self) -> Tensor:
+        """The weights, as `pack_panels` returns them."""
+        return self._packed
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., in_features] → [..., out_features]."""

@@ -43,10 +43,10 @@ def choose_tokens(
     rows = range(len(params)) if rows is None else rows
     greedy = [row for row in rows if params[row].greedy]
     if len(greedy) == len(params):
-        return _largest(logits)[rows]
+        return largest_tokens(logits)[rows]
     tokens = torch.full((len(params),), -1)
     if greedy:
-        tokens[greedy] = torch.from_numpy(_largest(logits[greedy]))
+        tokens[greedy] = torch.from_numpy(largest_tokens(logits[greedy]))
     words = torch.from_numpy(draw_words(keys, indices))
     freely = [row for row in rows if not params[row].greedy and is_drawn_freely(params[row])]
     if freely:
@@ -66,8 +66,8 @@ def choose_tokens(
     return tokens.numpy()[rows]
 
 
-def _largest(logits: Tensor) -> NDArray[np.int64]:
-    """The first largest of each row; NumPy is several times as fast at it as torch."""
+def largest_tokens(logits: Tensor) -> NDArray[np.int64]:
+    """The first largest of each row [n, V]; NumPy is several times as fast at it as torch."""
     found: NDArray[np.int64] = logits.numpy().argmax(axis=-1)
     return found
 

@@ -26,7 +26,7 @@ class StepRecord:
     kv_tokens: int  # slots of the pool in use while the step ran
     schedule_seconds: float
     prepare_seconds: float  # what to read is worked out, before the forward pass
-    forward_seconds: float  # the model's forward pass
+    forward_seconds: float  # the model's forward pass, and greedy tokens chosen without all logits
     sample_seconds: float
     absorb_seconds: float
     other_seconds: float  # what the caller did since the step before, and the rest
