@@ -43,8 +43,8 @@ def runner(config: Any, change: Any = None) -> ModelRunner:
         with torch.no_grad():
             change(model)
     found = prepare_model(model)
-    found.fuse()
-    found.pack()
+    if not found.fuse(packed=True):
+        found.pack()
     return found
 
 
