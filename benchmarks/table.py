@@ -10,7 +10,7 @@ from benchmarks.measured import OURS
 HEADER = f"""\
 ours    median seconds of the whole job, model loaded
 floor   least time for the matrix products / ours
-out     our time outside the model's forward pass (which chooses greedy tokens where that needs no logits)
+out     our time outside the forward pass, in which greedy tokens are chosen too
 MiB     our peak of memory while running, beyond weights and KV in use
         !: the process's peak, loading included, was above weights, KV budget and 600 MiB
 equal   output tokens that are the same; start: those before the first difference
