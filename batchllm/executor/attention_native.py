@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend
+from batchllm_kernels.cpu.layer import store_kv
 from torch import Tensor
 
 from batchllm.executor.attention_tiles import plan_tiles
 from batchllm.executor.kv_buffers import LayerKv
-from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.kv_pool import KvPool, KvWriter
 from batchllm.executor.native import native_kernels
 from batchllm.executor.pool_attention import PoolAttention
 from batchllm.executor.step import StepBatch
@@ -28,7 +29,7 @@ class NativeStepAttention(PoolAttention):
     """`StepAttention` over a KvPool, in bfloat16. Built once per step, used by every layer."""
 
     def __init__(self, kernels: ctypes.CDLL, pool: KvPool, batch: StepBatch):
-        super().__init__(pool, batch)
+        super().__init__(pool, batch, NativeWriter(kernels, pool, batch))
         self._kernels = kernels
         self._reads: dict[tuple[int, bool], TiledReads] = {}  # by query heads of a KV head, and last_only
 
@@ -68,6 +69,21 @@ class NativeStepAttention(PoolAttention):
         if key not in self._reads:
             self._reads[key] = plan_tiles(*self._work(last_only), group, torch.get_num_threads())
         return self._reads[key]
+
+
+class NativeWriter(KvWriter):
+    """In one pass over keys and values, where a token takes a slot's full width."""
+
+    def __init__(self, kernels: ctypes.CDLL, pool: KvPool, batch: StepBatch):
+        super().__init__(pool, batch)
+        self._kernels = kernels
+
+    def _store(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
+        if key.shape[1:] != keys.shape[1:] or value.shape[1:] != values.shape[1:]:
+            super()._store(keys, values, key, value)
+            return
+        rows = (states.flatten(1) for states in (key, value, keys, values))
+        store_kv(self._kernels, *rows, self._slots)
 
 
 def _dense_rows(states: Tensor) -> Tensor:
