@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batchllm_kernels.cpu.arguments import address, counts
+from batchllm_kernels.cpu.arguments import address, counts, rows_of_pairs
 from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 
 PANEL = 64  # outputs of a panel
@@ -105,8 +105,7 @@ def _run(
     residual: Tensor | None = None,
     gated: int = 0,
 ) -> None:
-    if states.stride(1) != 1 or states.stride(0) % 2:
-        states = states.contiguous()
+    states = rows_of_pairs(states)
     assert output.stride(1) == 1 and states.shape[1] == 2 * packed.shape[1]
     product = _Product(
         input=states.data_ptr(),
