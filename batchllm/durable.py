@@ -26,7 +26,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteFailed(cannot_be_written(path, error, "rows already in finished parts are kept")) from error
+        raise WriteFailed(
+            cannot_be_written(path, error, "rows already in finished parts are kept")
+        ) from error
 
 
 def cannot_be_written(path: Path | str, error: OSError, kept: str) -> str:

@@ -105,7 +105,9 @@ class ModelRunner:
             return None
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         with attention_of(attention):
-            output = self._base(input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False)
+            output = self._base(
+                input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+            )
         states: Tensor = output.last_hidden_state[0]
         if not self._returns_last(attention):
             states = states[self._on_device(batch.logit_rows)]

@@ -22,7 +22,12 @@ TOKENS, HEADS, CAPACITY = 23, 3, 64
 
 def part_of_product(dim: int) -> Tensor:
     """[heads, T, dim] as a joined product of queries, keys and values holds it."""
-    return torch.randn(TOKENS, 2 * HEADS * dim + 2).to(BF16)[:, : HEADS * dim].view(TOKENS, HEADS, dim).transpose(0, 1)
+    return (
+        torch.randn(TOKENS, 2 * HEADS * dim + 2)
+        .to(BF16)[:, : HEADS * dim]
+        .view(TOKENS, HEADS, dim)
+        .transpose(0, 1)
+    )
 
 
 def head_by_head(dim: int) -> Tensor:

@@ -8,6 +8,7 @@
 
 #include "bfloat16.h"
 #include "gate.h"
+#include "layer.h"
 
 /* normed [rows][size] = RMSNorm (Zhang and Sennrich 2019) of states [rows][size], times weight. */
 void batchllm_rms_norm(const bf16 *states, const bf16 *weight, bf16 *normed, int64_t rows, int64_t size,

@@ -8,6 +8,7 @@
 #include <stddef.h>
 
 #include "gate.h"
+#include "linear.h"
 #include "packing.h"
 #include "products.h"
 
@@ -16,17 +17,6 @@ enum {
     PIECES = 8,                 /* of such a panel, at most */
     FEWEST_ROWS = 48            /* of a piece */
 };
-
-/* As _Product in linear.py. Strides count elements. */
-typedef struct {
-    const bf16 *input;          /* [rows][inputs] */
-    const uint32_t *weight;     /* packed */
-    const bf16 *bias;           /* [outputs], or NULL */
-    const bf16 *residual;       /* [rows][outputs], added to the rounded product, or NULL; may be the output itself */
-    bf16 *output;               /* [rows][outputs], or [rows][outputs / 2] of a gated product */
-    int64_t rows, inputs, outputs, input_row, residual_row, output_row;
-    int64_t gated;              /* panels hold 32 gates, then the 32 numbers they apply to */
-} Product;
 
 static inline __attribute__((always_inline)) void finish(const Product *p, Sums sums, int64_t row, int64_t panel,
                                                          const int rows)

@@ -14,7 +14,7 @@ from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 PANEL = 64  # outputs of a panel
 
 
-class _Product(ctypes.Structure):
+class Product(ctypes.Structure):
     """As Product in linear.c."""
 
     _fields_ = [
@@ -107,7 +107,7 @@ def _run(
 ) -> None:
     states = rows_of_pairs(states)
     assert output.stride(1) == 1 and states.shape[1] == 2 * packed.shape[1]
-    product = _Product(
+    product = Product(
         input=states.data_ptr(),
         weight=packed.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
