@@ -26,11 +26,18 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
         raise WriteFailed(
-            f"{path}: cannot be written ({reason}); rows already in finished parts are kept, "
-            "so free space or fix the permissions and run the same command again"
+            cannot_be_written(path, error, "rows already in finished parts are kept")
         ) from error
+
+
+def cannot_be_written(path: Path | str, error: OSError, kept: str) -> str:
+    """In one sentence; `kept`: what nothing has happened to."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return (
+        f"{path}: cannot be written ({reason}); {kept}, "
+        "so free space or fix the permissions and run the same command again"
+    )
 
 
 def make_folder(path: Path) -> None:

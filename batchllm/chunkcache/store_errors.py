@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from batchllm.durable import WriteFailed
+from batchllm.durable import WriteFailed, cannot_be_written
 from batchllm.errors import OutputError
 
 
@@ -25,8 +24,5 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreWriteFailed(
-            f"{path}: cannot be written ({reason}); chunks already in the store stay, so free space or fix "
-            "the permissions and run the same command again"
-        ) from error
+        kept = "chunks already in the store stay"
+        raise StoreWriteFailed(cannot_be_written(path, error, kept)) from error

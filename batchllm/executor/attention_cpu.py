@@ -17,7 +17,7 @@ from torch import Tensor
 from batchllm.executor.attention_math import add_product, products, scores
 from batchllm.executor.attention_plan import plan_reads
 from batchllm.executor.attention_reads import Band, NodeRead, OwnRead, Run, StepReads
-from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.kv_pool import KvPool, KvWriter
 from batchllm.executor.pool_attention import PoolAttention
 from batchllm.executor.step import StepBatch
 
@@ -26,7 +26,7 @@ class CpuStepAttention(PoolAttention):
     """`StepAttention` over a KvPool. Built once per step, used by every layer."""
 
     def __init__(self, pool: KvPool, batch: StepBatch):
-        super().__init__(pool, batch)
+        super().__init__(pool, batch, KvWriter(pool, batch))
         # By window, last_only and query heads.
         self._reads: dict[tuple[int | None, bool, int], StepReads] = {}
         self._scratch = torch.empty(0)

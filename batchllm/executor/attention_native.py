@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend
+from batchllm_kernels.cpu.decoder_layer import LayerStep
+from batchllm_kernels.cpu.layer import store_kv
 from torch import Tensor
 
 from batchllm.executor.attention_tiles import plan_tiles
 from batchllm.executor.kv_buffers import LayerKv
-from batchllm.executor.kv_pool import KvPool
+from batchllm.executor.kv_pool import KvPool, KvWriter
 from batchllm.executor.native import native_kernels
 from batchllm.executor.pool_attention import PoolAttention
 from batchllm.executor.step import StepBatch
@@ -28,9 +30,12 @@ class NativeStepAttention(PoolAttention):
     """`StepAttention` over a KvPool, in bfloat16. Built once per step, used by every layer."""
 
     def __init__(self, kernels: ctypes.CDLL, pool: KvPool, batch: StepBatch):
-        super().__init__(pool, batch)
+        super().__init__(pool, batch, NativeWriter(kernels, pool, batch))
         self._kernels = kernels
         self._reads: dict[tuple[int, bool], TiledReads] = {}  # by query heads of a KV head, and last_only
+        self._copies = bool(len(batch.copy_to))
+        self.slots = torch.from_numpy(batch.slots)
+        self.shared: LayerStep | None = None  # what whole layers share (whole_layer)
 
     def attend(
         self,
@@ -51,7 +56,7 @@ class NativeStepAttention(PoolAttention):
         output = torch.empty(tokens, heads, value.shape[-1], dtype=query.dtype)
         attend(
             self._kernels,
-            self._planned(heads // len(key), last_only),
+            self.reads(heads // len(key), last_only),
             _dense_rows(query).transpose(0, 1),
             self._pool.keys[layer][..., :key_dim],
             self._pool.values[layer][..., : value.shape[-1]],
@@ -63,11 +68,32 @@ class NativeStepAttention(PoolAttention):
         )
         return output
 
-    def _planned(self, group: int, last_only: bool) -> TiledReads:
+    def plain_pool(self, layer: int, heads: int, dim: int) -> tuple[Tensor, Tensor] | None:
+        """The layer's keys and values [slots, heads, dim]; None where slots are wider, or writing them is not all."""
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        is_plain = keys.shape[1:] == values.shape[1:] == (heads, dim)
+        return (keys, values) if is_plain and not self._copies else None
+
+    def reads(self, group: int, last_only: bool = False) -> TiledReads:
         key = (group, last_only)
         if key not in self._reads:
             self._reads[key] = plan_tiles(*self._work(last_only), group, torch.get_num_threads())
         return self._reads[key]
+
+
+class NativeWriter(KvWriter):
+    """In one pass over keys and values, where a token takes a slot's full width."""
+
+    def __init__(self, kernels: ctypes.CDLL, pool: KvPool, batch: StepBatch):
+        super().__init__(pool, batch)
+        self._kernels = kernels
+
+    def _store(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
+        if key.shape[1:] != keys.shape[1:] or value.shape[1:] != values.shape[1:]:
+            super()._store(keys, values, key, value)
+            return
+        pool = keys.flatten(1), values.flatten(1)
+        store_kv(self._kernels, key.flatten(1), value.flatten(1), *pool, self._slots)
 
 
 def _dense_rows(states: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchllm.executor.forward_context import current_step
+from batchllm.executor.attention_native import NativeStepAttention
+from batchllm.executor.forward_context import StepAttention, current_step
 from batchllm.executor.joined_linear import join_linears, share_rows
 from batchllm.executor.layer_ops import BetweenProducts, ops_for, rms_norm
 from batchllm.executor.mapped_weights import MappedFiles
 from batchllm.executor.native_linear import NativeGatedLinear, NativeLinear, add_product, can_be_native
+from batchllm.executor.whole_layer import WholeLayer
 
 # Decoder layers of exactly this form: norm, attention with rotary positions (half rotation), norm, gated MLP.
 _FORMS = {
@@ -58,14 +60,17 @@ class FusedDecoderLayer(nn.Module):
         self.ops = ops
         self.qkv = _joined(kernels, attention.q_proj, attention.k_proj, attention.v_proj)
         self.gated = _gated(kernels, mlp.gate_proj, mlp.up_proj, ops)
+        self.whole: WholeLayer | None = None  # set where the layer can be one call
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
         """hidden_states [1, T, hidden] → the same shape; [1, L, hidden] from the last layer when only the L tokens
         with logits matter."""
         hidden = hidden_states[0]
         step = current_step()
-        query, key, value = self._project(hidden, position_embeddings)
         rows = step.logit_rows if self.is_last else None
+        if rows is None and self._ran_whole(hidden, position_embeddings, step):
+            return hidden_states
+        query, key, value = self._project(hidden, position_embeddings)
         if rows is not None:
             query, hidden = query.index_select(0, rows), hidden.index_select(0, rows)
         attended = step.attend(
@@ -84,6 +89,12 @@ class FusedDecoderLayer(nn.Module):
         )
         normed = self.ops.norm(hidden, self.original.post_attention_layernorm)
         return add_product(self.original.mlp.down_proj, self.gated(normed), hidden).unsqueeze(0)
+
+    def _ran_whole(self, hidden: Tensor, positions: Any, step: StepAttention) -> bool:
+        """Whether one call has done the layer's work, in place."""
+        if self.whole is None or not isinstance(step, NativeStepAttention):
+            return False
+        return self.whole.run(hidden, positions, step)
 
     def _project(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]

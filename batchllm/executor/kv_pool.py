@@ -163,9 +163,15 @@ class KvWriter:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value [heads, T, dim], any strides."""
-        for buffer, new in ((self._pool.keys[layer], key), (self._pool.values[layer], value)):
+        buffers = self._pool.keys[layer], self._pool.values[layer]
+        self._store(*buffers, key.transpose(0, 1), value.transpose(0, 1))
+        if len(self._copy_to):
+            for buffer in buffers:
+                buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
+
+    def _store(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value [T, heads, dim] to the slots of one layer."""
+        for buffer, new in ((keys, key), (values, value)):
             if new.shape[-1] < buffer.shape[-1]:
                 new = torch.nn.functional.pad(new, (0, buffer.shape[-1] - new.shape[-1]))
-            buffer.index_copy_(0, self._slots, new.transpose(0, 1))
-            if len(self._copy_to):
-                buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
+            buffer.index_copy_(0, self._slots, new)

@@ -104,9 +104,10 @@ class ModelRunner:
         if head is None or not head.pays:
             return None
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
-        base = getattr(self.model, self.model.base_model_prefix)
         with attention_of(attention):
-            output = base(input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False)
+            output = self._base(
+                input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+            )
         states: Tensor = output.last_hidden_state[0]
         if not self._returns_last(attention):
             states = states[self._on_device(batch.logit_rows)]
@@ -116,6 +117,11 @@ class ModelRunner:
     def greedy_head(self) -> GreedyHead | None:
         """Made when first asked for: its weights take memory."""
         return GreedyHead.of(self.model) if self.placement.gpu is None else None
+
+    @property
+    def _base(self) -> Any:
+        """What is below the output projection."""
+        return getattr(self.model, self.model.base_model_prefix)
 
     def _returns_last(self, attention: StepAttention) -> bool:
         """Whether the last layer returns only the tokens with logits, as fused layers do where they can."""
@@ -129,9 +135,9 @@ class ModelRunner:
         wanted = self._on_device(batch.logit_rows)
         if self._returns_last(attention):
             wanted = torch.arange(len(wanted), device=self.device)
-        # What is below the output projection runs once; the projection, with all that a model does after it
+        # The base runs once; the output projection, with all that a model does after it
         # (scaling, capping), runs for each slice.
-        base = getattr(self.model, self.model.base_model_prefix)
+        base = self._base
         outputs: list[Any] = []
         hook = base.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)

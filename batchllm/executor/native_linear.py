@@ -58,17 +58,22 @@ class NativeGatedLinear(nn.Module):
     def __init__(self, kernels: ctypes.CDLL, gate: nn.Linear, up: nn.Linear):
         super().__init__()
         self._kernels = kernels
-        self._size = gate.out_features
-        self._packed = pack_gated_panels(kernels, gate.weight.data, up.weight.data)
+        self.size = gate.out_features
+        self._packed: Tensor = pack_gated_panels(kernels, gate.weight.data, up.weight.data)
+
+    @property
+    def packed(self) -> Tensor:
+        """The weights, as `pack_gated_panels` returns them."""
+        return self._packed
 
     def forward(self, states: Tensor) -> Tensor:
         """states [n, in_features] → [n, size]."""
-        output: Tensor = gated_linear(self._kernels, states, self._packed, self._size)
+        output: Tensor = gated_linear(self._kernels, states, self._packed, self.size)
         return output
 
     def unpacked(self) -> nn.Linear:
         """Both layers joined."""
-        return _plain(unpack_gated_panels(self._packed, self._size), None)
+        return _plain(unpack_gated_panels(self._packed, self.size), None)
 
 
 def add_product(layer: nn.Module, states: Tensor, total: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from batchllm.executor.fused_layer import FusedDecoderLayer, GatedProjection
 from batchllm.executor.mapped_weights import MappedFiles
 from batchllm.executor.native_linear import NativeGatedLinear, NativeLinear, can_be_native
+from batchllm.executor.whole_layer import WholeLayer, WorkMemory
 
 _ROWS = 2048  # that the order is chosen for; any number may come
 
@@ -66,6 +67,10 @@ def pack_linears(model: Any, kernels: ctypes.CDLL | None) -> int:
     if not count:
         for layer in fused:
             layer.restore_originals()
+    if kernels is not None:
+        memory = WorkMemory()
+        for layer in fused:
+            layer.whole = WholeLayer.of(layer, kernels, memory)
     return count
 
 
@@ -81,6 +86,8 @@ def unpack_linears(model: Any) -> None:
                 setattr(parent, name, child.unpacked())
                 packed = True
     for module in list(model.modules()):
+        if isinstance(module, FusedDecoderLayer):
+            module.whole = None
         if packed and isinstance(module, FusedDecoderLayer):
             module.restore_originals()
 

@@ -11,11 +11,11 @@ from batchllm.executor.step import Chunk, SharedRead, StepBatch
 
 
 class PoolAttention:
-    """Keys and values go to the pool through `_writer`; `_work` says which tokens attend and what they read."""
+    """Keys and values go to the pool through `writer`; `_work` says which tokens attend and what they read."""
 
-    def __init__(self, pool: KvPool, batch: StepBatch):
+    def __init__(self, pool: KvPool, batch: StepBatch, writer: KvWriter):
         self._pool = pool
-        self._writer = KvWriter(pool, batch)
+        self._writer = writer
         self._all = (batch.chunks, batch.shared_reads)
         self._last = batch.logit_tokens()
         self.logit_rows = None if self._last is None else torch.from_numpy(batch.logit_rows)

@@ -14,3 +14,8 @@ def address(tensor: Tensor) -> ctypes.c_void_p:
 
 def counts(*numbers: int) -> tuple[ctypes.c_int64, ...]:
     return tuple(map(ctypes.c_int64, numbers))
+
+
+def rows_of_pairs(states: Tensor) -> Tensor:
+    """states [n, width], or a copy whose rows can be read as pairs of neighbouring numbers, four bytes each."""
+    return states if states.stride(1) == 1 and states.stride(0) % 2 == 0 else states.contiguous()

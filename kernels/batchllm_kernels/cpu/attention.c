@@ -23,6 +23,11 @@ enum {
     UNITS = 4                   /* pieces of work for each thread, so that none has much more than another */
 };
 
+/* Some KV heads of a tile: what a thread takes at a time. */
+typedef struct {
+    int64_t tile, head, heads;
+} Unit;
+
 /* Consecutive keys of one segment, for some of the heads. */
 typedef struct {
     const int64_t *segment;
@@ -72,13 +77,13 @@ static void visible(const Job *job, const int64_t *segment, int64_t *low, int64_
 static int is_wide(const Job *job, const int64_t *segment) { return (segment[1] - segment[0]) * job->group > NARROW; }
 
 /* The first block of `segment` or a later one, from head `head` and key `from` on; one without keys at the end. */
-static Block next_block(const Job *job, const Work *w, const int64_t *segment, const int64_t *end, int64_t head,
-                        int64_t from)
+static Block next_block(const Job *job, Unit unit, const int64_t *segment, int64_t head, int64_t from)
 {
+    const int64_t *end = job->segments + 5 * job->segment_ptr[unit.tile + 1];
     for (; segment < end; segment += 5, head = 0, from = 0) {
-        int64_t low, high, heads = is_wide(job, segment) ? 1 : w->heads;
+        int64_t low, high, heads = is_wide(job, segment) ? 1 : unit.heads;
         visible(job, segment, &low, &high);
-        for (; low < high && head < w->heads; head += heads, from = 0) {
+        for (; low < high && head < unit.heads; head += heads, from = 0) {
             int64_t key = most(from, low);
             if (key >= high) continue;
             int64_t blocks = (high - key + KEYS - 1) / KEYS, count = (high - key + blocks - 1) / blocks;
@@ -88,15 +93,20 @@ static Block next_block(const Job *job, const Work *w, const int64_t *segment, c
     return (Block){end, 0, 0, 0, 0};
 }
 
-/* Block `next`, to be asked for while `now` is worked on. */
-static Ahead ahead_of(const Job *job, const Work *w, Block now, Block next)
+static Block first_block(const Job *job, Unit unit)
 {
-    Ahead ahead = {.pace = 0};
-    if (!next.count) return ahead;
-    int64_t slot = next.segment[2] + next.key, head = w->head + next.head, bytes = sizeof(bf16);
+    return next_block(job, unit, job->segments + 5 * job->segment_ptr[unit.tile], 0, 0);
+}
+
+/* Block `next`, of a unit from KV head `head` on, to be asked for while `now` is worked on. */
+static Ahead ahead_of(const Job *job, Block now, Block next, int64_t head)
+{
+    int64_t slot = next.segment[2] + next.key, bytes = sizeof(bf16);
+    head += next.head;
     const bf16 *keys = job->keys + slot * job->key_slot + head * job->key_head;
     const bf16 *values = job->values + slot * job->value_slot + head * job->value_head;
     int64_t width = next.heads * job->key_head * bytes, value_width = next.heads * job->value_head * bytes;
+    Ahead ahead;
     ahead.keys = (Stretch){(const char *)keys, width, job->key_slot * bytes, next.count, 0};
     ahead.values = (Stretch){(const char *)values, value_width, job->value_slot * bytes, next.count, 0};
     int64_t queries = (now.segment[1] - now.segment[0]) * job->group, groups = (queries + ROWS - 1) / ROWS;
@@ -163,20 +173,34 @@ static void end_tile(const Job *job, const Work *w)
         }
 }
 
-/* All segments of one tile, for some of the heads. */
-static void attend_tile(const Job *job, Work *w, int64_t tile)
+/* One without heads when all are taken. */
+static Unit take_unit(const Job *job, int64_t heads, int64_t *taken)
 {
-    const int64_t *segment = job->segments + 5 * job->segment_ptr[tile];
-    const int64_t *end = job->segments + 5 * job->segment_ptr[tile + 1];
-    w->first = job->tile_first[tile], w->last = job->tile_first[tile + 1];
+    int64_t number = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
+    int64_t parts = (job->kv_heads + heads - 1) / heads, tile = number / parts, head = number % parts * heads;
+    if (tile >= job->tiles) return (Unit){0, 0, 0};
+    return (Unit){tile, head, least(heads, job->kv_heads - head)};
+}
+
+/* Attention of one unit. Returns the one to do next, taken when the last keys are worked on, so that its first can come
+ * meanwhile. */
+static Unit attend_unit(const Job *job, Work *w, Unit unit, int64_t heads, int64_t *taken)
+{
+    w->first = job->tile_first[unit.tile], w->last = job->tile_first[unit.tile + 1];
+    w->head = unit.head, w->heads = unit.heads;
     begin_tile(job, w);
-    for (Block block = next_block(job, w, segment, end, 0, 0); block.count;) {
-        Block next = next_block(job, w, block.segment, end, block.head, block.key + block.count);
-        w->ahead = ahead_of(job, w, block, next);
+    Unit next = {0, 0, 0};
+    for (Block block = first_block(job, unit); block.count;) {
+        Block then = next_block(job, unit, block.segment, block.head, block.key + block.count);
+        if (!then.count) next = take_unit(job, heads, taken);
+        if (then.count) w->ahead = ahead_of(job, block, then, unit.head);
+        else if (next.heads) w->ahead = ahead_of(job, block, first_block(job, next), next.head);
+        else w->ahead = (Ahead){.pace = 0};
         attend_block(job, w, block);
-        block = next;
+        block = then;
     }
     end_tile(job, w);
+    return next;
 }
 
 static void *aligned(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
@@ -215,7 +239,7 @@ static int64_t heads_together(const Job *job)
 /* Fills the output of all rows. Returns 0, or 1 when memory ran out. */
 int batchllm_attention(const Job *job)
 {
-    int64_t rows = 0, heads = heads_together(job), parts = (job->kv_heads + heads - 1) / heads;
+    int64_t rows = 0, heads = heads_together(job), taken = 0;
     for (int64_t tile = 0; tile < job->tiles; tile++)
         rows = most(rows, job->tile_first[tile + 1] - job->tile_first[tile]);
     int failed = 0;
@@ -224,12 +248,8 @@ int batchllm_attention(const Job *job)
         Work work;
         int ready = prepare(job, &work, rows, heads);
         failed |= !ready;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < job->tiles * parts; unit++) {
-            work.head = unit % parts * heads;
-            work.heads = least(heads, job->kv_heads - work.head);
-            if (ready) attend_tile(job, &work, unit / parts);
-        }
+        Unit unit = take_unit(job, heads, &taken);
+        while (ready && unit.heads) unit = attend_unit(job, &work, unit, heads, &taken);
         release(&work);
     }
     return failed;

@@ -23,8 +23,8 @@ class TiledReads:
     segments: NDArray[np.int64]  # [S, 5] first row, last row, first slot, position of that slot, length
 
 
-class _Job(ctypes.Structure):
-    """As in rows.h."""
+class AttentionJob(ctypes.Structure):
+    """As Job in job.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks")),
@@ -59,8 +59,32 @@ def attend(
     contiguous, other strides as they are; Hq a multiple of Hkv, D even. sinks: float32 [Hq], contiguous. A row at
     position p sees positions p - window + 1 .. p of its segments, and must see at least one. Raises MemoryError.
     """
+    job = make_job(
+        *(reads, query, keys, values, output),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    if kernels.batchllm_attention(ctypes.byref(job)):
+        raise MemoryError("attention found no memory for what its threads work in")
+
+
+def make_job(
+    reads: TiledReads,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> AttentionJob:
+    """What `attend` is given, as the kernel takes it: tensors and `reads` must stay while it is used."""
     heads, kv_heads = query.shape[1], keys.shape[1]
-    job = _Job(
+    return AttentionJob(
         query=query.data_ptr(),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
@@ -88,5 +112,3 @@ def attend(
         scale=scale,
         softcap=softcap or 0.0,
     )
-    if kernels.batchllm_attention(ctypes.byref(job)):
-        raise MemoryError("attention found no memory for what its threads work in")

@@ -1,9 +1,8 @@
 /* Weights in 8-bit integers, and how far they are from what they stand for. */
 #pragma once
-#include "bfloat16.h"
+#include "products.h"
 
 enum {
-    PANEL = 64,                             /* outputs, as in linear.c */
     SCALE = 0, ERROR, NORM, SHIFT, ABOUT    /* what is known of each output of a panel, 64 numbers of a kind */
 };
 /* SCALE: s. ERROR: a bound of |e|, and of what sums in float32 may be off by for states of norm 1. NORM: of |s q|.

@@ -4,9 +4,11 @@
  * alone.
  */
 #include <math.h>
+#include <string.h>
 
 #include "bfloat16.h"
 #include "gate.h"
+#include "layer.h"
 
 /* normed [rows][size] = RMSNorm (Zhang and Sennrich 2019) of states [rows][size], times weight. */
 void batchllm_rms_norm(const bf16 *states, const bf16 *weight, bf16 *normed, int64_t rows, int64_t size,
@@ -63,4 +65,15 @@ void batchllm_rotate(bf16 *states, const bf16 *cosine, const bf16 *sine, int64_t
                 store_bf16(high + at, turned_b, left);
             }
         }
+}
+
+/* KV of rows [rows][width] goes to slots of a pool [slots][width], where a token's heads lie side by side. */
+void batchllm_store_kv(const bf16 *key, const bf16 *value, bf16 *keys, bf16 *values, const int64_t *slot, int64_t rows,
+                       int64_t width, int64_t key_row, int64_t value_row)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        memcpy(keys + slot[row] * width, key + row * key_row, width * sizeof *key);
+        memcpy(values + slot[row] * width, value + row * value_row, width * sizeof *value);
+    }
 }

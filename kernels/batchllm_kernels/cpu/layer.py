@@ -48,3 +48,18 @@ class LayerOps:
             address(states), address(cos), address(sin), *counts(rows, heads, dim, states.stride(0))
         )
         return states
+
+
+def store_kv(
+    kernels: ctypes.CDLL, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> None:
+    """keys[slots] = key and values[slots] = value, in one pass: key and value [n, width], keys and values
+    [capacity, width], contiguous, slots int64 [n], contiguous."""
+    rows, width = key.shape
+    assert value.shape == key.shape and key.stride(1) == value.stride(1) == 1
+    assert keys.is_contiguous() and values.is_contiguous() and slots.is_contiguous()
+    assert keys.shape[1] == values.shape[1] == width and len(slots) == rows
+    kernels.batchllm_store_kv(
+        *map(address, (key, value, keys, values, slots)),
+        *counts(rows, width, key.stride(0), value.stride(0)),
+    )

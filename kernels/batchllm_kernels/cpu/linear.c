@@ -8,26 +8,15 @@
 #include <stddef.h>
 
 #include "gate.h"
+#include "linear.h"
 #include "packing.h"
 #include "products.h"
 
 enum {
-    PANEL = WIDE * LANES,
     LAST = 2,                   /* panels for each thread that are divided by rows */
     PIECES = 8,                 /* of such a panel, at most */
     FEWEST_ROWS = 48            /* of a piece */
 };
-
-/* As _Product in linear.py. Strides count elements. */
-typedef struct {
-    const bf16 *input;          /* [rows][inputs] */
-    const uint32_t *weight;     /* packed */
-    const bf16 *bias;           /* [outputs], or NULL */
-    const bf16 *residual;       /* [rows][outputs], added to the rounded product, or NULL; may be the output itself */
-    bf16 *output;               /* [rows][outputs], or [rows][outputs / 2] of a gated product */
-    int64_t rows, inputs, outputs, input_row, residual_row, output_row;
-    int64_t gated;              /* panels hold 32 gates, then the 32 numbers they apply to */
-} Product;
 
 static inline __attribute__((always_inline)) void finish(const Product *p, Sums sums, int64_t row, int64_t panel,
                                                          const int rows)
@@ -54,46 +43,84 @@ static inline __attribute__((always_inline)) void finish(const Product *p, Sums 
     }
 }
 
-static inline __attribute__((always_inline)) void some_rows(const Product *p, int64_t row, int64_t panel,
+static inline const uint32_t *panel_of(const Product *p, int64_t panel)
+{
+    return p->weight + panel * (p->inputs / 2) * PANEL;
+}
+
+static inline __attribute__((always_inline)) void some_rows(const Product *p, int64_t row, int64_t panel, Ahead *ahead,
                                                             const int rows)
 {
     Sums sums;
     clear_sums(sums, rows, WIDE);
     multiply(sums, (const uint32_t *)(p->input + row * p->input_row), p->input_row / 2,
-             p->weight + panel * p->inputs / 2 * PANEL, PANEL, LANES, p->inputs / 2, NULL, rows, WIDE);
+             panel_of(p, panel), PANEL, LANES, p->inputs / 2, ahead, rows, WIDE);
     finish(p, sums, row, panel, rows);
 }
 
-/* Rows first .. last, six at a time, by one panel. */
-static void some_panel(const Product *p, int64_t panel, int64_t first, int64_t last)
+/* Some rows of one panel. */
+typedef struct {
+    int64_t panel, first, last;
+} Piece;
+
+static void do_piece(const Product *p, Piece piece, Ahead *ahead)
 {
-    for (int64_t row = first; row < last; row += ROWS)
-        switch (least(ROWS, last - row)) {
-        case 1: some_rows(p, row, panel, 1); break;
-        case 2: some_rows(p, row, panel, 2); break;
-        case 3: some_rows(p, row, panel, 3); break;
-        case 4: some_rows(p, row, panel, 4); break;
-        case 5: some_rows(p, row, panel, 5); break;
-        default: some_rows(p, row, panel, 6); break;
-        }
+    for (int64_t row = piece.first; row < piece.last; row += ROWS) {
+#define SOME(N) some_rows(p, row, piece.panel, ahead, N)
+        FOR_EACH_COUNT(SOME, least(ROWS, piece.last - row))
+#undef SOME
+    }
 }
 
 /* Panels are taken whole, so that each is read once. The last few are divided by rows: threads that are done wait for
  * the others, and no longer than a small piece of work takes. */
-void batchllm_linear(const Product *p)
+typedef struct {
+    int64_t whole;              /* panels that are taken whole */
+    int64_t parts, size;        /* pieces of each other panel, and their rows */
+    int64_t rows, count;        /* rows in all, pieces in all */
+} Division;
+
+static Division divide(const Product *p)
 {
-    int64_t panels = (p->outputs + PANEL - 1) / PANEL;
-    int64_t whole = most(0, panels - LAST * omp_get_max_threads());
+    int64_t panels = (p->outputs + PANEL - 1) / PANEL, whole = most(0, panels - LAST * omp_get_max_threads());
     int64_t parts = most(1, least(PIECES, p->rows / FEWEST_ROWS));
     int64_t size = (p->rows + parts * ROWS - 1) / (parts * ROWS) * ROWS;
+    return (Division){whole, parts, size, p->rows, whole + (panels - whole) * parts};
+}
+
+static Piece piece_of(const Division *d, int64_t number)
+{
+    if (number < d->whole) return (Piece){number, 0, d->rows};
+    number -= d->whole;
+    int64_t first = number % d->parts * d->size;
+    return (Piece){d->whole + number / d->parts, first, least(first + d->size, d->rows)};
+}
+
+/* The weights of `next`, to be asked for while `now` is worked on. */
+static Ahead weights_ahead(const Product *p, Piece now, Piece next)
+{
+    Ahead ahead = {.pace = 0};
+    if (next.panel == now.panel || now.first >= now.last) return ahead;
+    int64_t bytes = p->inputs / 2 * PANEL * sizeof *p->weight;
+    ahead.keys = (Stretch){(const char *)panel_of(p, next.panel), bytes, bytes, 1, 0};
+    set_pace(&ahead, (now.last - now.first + ROWS - 1) / ROWS * (p->inputs / 2));
+    return ahead;
+}
+
+/* Threads take a piece while they still have one to do, so that its weights can come meanwhile. */
+void batchllm_linear(const Product *p)
+{
+    Division division = divide(p);
+    int64_t taken = 0;
 #pragma omp parallel
     {
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t panel = 0; panel < whole; panel++) some_panel(p, panel, 0, p->rows);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < (panels - whole) * parts; unit++) {
-            int64_t first = unit % parts * size;
-            some_panel(p, whole + unit / parts, first, least(first + size, p->rows));
+        int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+        while (number < division.count) {
+            int64_t after = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+            Piece now = piece_of(&division, number), next = after < division.count ? piece_of(&division, after) : now;
+            Ahead ahead = weights_ahead(p, now, next);
+            do_piece(p, now, &ahead);
+            number = after;
         }
     }
 }

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batchllm_kernels.cpu.arguments import address, counts
+from batchllm_kernels.cpu.arguments import address, counts, rows_of_pairs
 from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 
 PANEL = 64  # outputs of a panel
 
 
-class _Product(ctypes.Structure):
+class Product(ctypes.Structure):
     """As Product in linear.c."""
 
     _fields_ = [
@@ -105,10 +105,9 @@ def _run(
     residual: Tensor | None = None,
     gated: int = 0,
 ) -> None:
-    if states.stride(1) != 1 or states.stride(0) % 2:
-        states = states.contiguous()
+    states = rows_of_pairs(states)
     assert output.stride(1) == 1 and states.shape[1] == 2 * packed.shape[1]
-    product = _Product(
+    product = Product(
         input=states.data_ptr(),
         weight=packed.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),

@@ -48,21 +48,30 @@ static inline void pack_keys(const bf16 *keys, int64_t stride, int64_t count, in
     }
 }
 
+/* Words of two vectors in turn: first those from word `first` on of each. */
+static inline __m512i interleave(__m512i even, __m512i odd, int first)
+{
+#define BOTH(I) ((I) | ((I) + 32) << 16)
+    const __m512i order = _mm512_setr_epi32(BOTH(0), BOTH(1), BOTH(2), BOTH(3), BOTH(4), BOTH(5), BOTH(6), BOTH(7),
+                                            BOTH(8), BOTH(9), BOTH(10), BOTH(11), BOTH(12), BOTH(13), BOTH(14), BOTH(15));
+#undef BOTH
+    return _mm512_permutex2var_epi16(even, _mm512_add_epi16(order, _mm512_set1_epi16((short)first)), odd);
+}
+
 /* [count][dim] at `stride` -> [count / 2][width] pairs: the same number of two neighbouring keys. */
 static inline void pack_values(const bf16 *values, int64_t stride, int64_t count, int64_t dim, int64_t width,
                                uint32_t *packed, Ahead *ahead)
 {
     for (int64_t key = 0; key < count; key += 2) {
-        const bf16 *even = values + key * stride, *odd = even + stride;
+        const bf16 *even = values + key * stride;
         uint32_t *target = packed + key / 2 * width;
         ask(ahead);
-        for (int64_t at = 0; at < width; at += LANES) {
-            __mmask16 mask = first_lanes(dim - at);
-            __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + at));
-            __m512i b = _mm512_setzero_si512();
-            if (key + 1 < count)
-                b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + at)), 16);
-            _mm512_store_si512(target + at, _mm512_or_si512(a, b));
+        for (int64_t at = 0; at < width; at += 2 * LANES) {
+            __mmask32 mask = first_pairs(dim - at);
+            __m512i a = _mm512_maskz_loadu_epi16(mask, even + at);
+            __m512i b = _mm512_maskz_loadu_epi16(key + 1 < count ? mask : 0, even + stride + at);
+            _mm512_store_si512(target + at, interleave(a, b, 0));
+            if (at + LANES < width) _mm512_store_si512(target + at + LANES, interleave(a, b, LANES));
         }
     }
 }

@@ -5,7 +5,8 @@
 
 enum {
     ROWS = 6, /* rows at a time: 6 x 4 sums, 4 vectors of the right side and one pair of the left fill 32 registers */
-    WIDE = 4  /* vectors of sums of each row */
+    WIDE = 4, /* vectors of sums of each row */
+    PANEL = WIDE * LANES /* columns of a panel of packed weights */
 };
 
 typedef __m512 Sums[ROWS][WIDE];
@@ -49,6 +50,17 @@ static inline __attribute__((always_inline)) void multiply(
         }
     }
 }
+
+/* CALL(rows) with a constant. */
+#define FOR_EACH_COUNT(CALL, ROWS_) \
+    switch (ROWS_) {                \
+    case 1: CALL(1); break;         \
+    case 2: CALL(2); break;         \
+    case 3: CALL(3); break;         \
+    case 4: CALL(4); break;         \
+    case 5: CALL(5); break;         \
+    default: CALL(6); break;        \
+    }
 
 /* CALL(rows, vectors) with both as constants. */
 #define FOR_EACH_WIDTH(CALL, ROWS_, WIDTH_) \

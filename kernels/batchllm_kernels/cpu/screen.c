@@ -166,15 +166,11 @@ BYTE_PRODUCTS static inline __attribute__((always_inline)) void some_rows(
 BYTE_PRODUCTS static void one_panel(const Work *w, int64_t panel, Candidate *candidates, Found *found)
 {
     int64_t last = w->screen->rows;
-    for (int64_t row = 0; row < last; row += ROWS)
-        switch (least(ROWS, last - row)) {
-        case 1: some_rows(w, row, panel, candidates, found, 1); break;
-        case 2: some_rows(w, row, panel, candidates, found, 2); break;
-        case 3: some_rows(w, row, panel, candidates, found, 3); break;
-        case 4: some_rows(w, row, panel, candidates, found, 4); break;
-        case 5: some_rows(w, row, panel, candidates, found, 5); break;
-        default: some_rows(w, row, panel, candidates, found, 6); break;
-        }
+    for (int64_t row = 0; row < last; row += ROWS) {
+#define SOME(N) some_rows(w, row, panel, candidates, found, N)
+        FOR_EACH_COUNT(SOME, least(ROWS, last - row))
+#undef SOME
+    }
 }
 
 enum { TOGETHER = 4 }; /* outputs computed at once: sums wait for each other */

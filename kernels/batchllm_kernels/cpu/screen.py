@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchllm_kernels.cpu.arguments import address, counts
+from batchllm_kernels.cpu.arguments import address, counts, rows_of_pairs
 from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 from batchllm_kernels.cpu.linear import PANEL
 
@@ -55,8 +55,7 @@ def first_largest(
 
     -1 where too many outputs are too close to the largest, or where states are 0, no numbers or very large.
     """
-    if states.stride(1) != 1 or states.stride(0) % 2:
-        states = states.contiguous()
+    states = rows_of_pairs(states)
     assert states.dtype == torch.bfloat16 and states.shape[1] == 2 * packed.shape[1]
     tokens = torch.empty(len(states), dtype=torch.int64)
     screen = _Screen(
@@ -71,5 +70,5 @@ def first_largest(
         input_row=states.stride(0),
     )
     if kernels.batchllm_screen(ctypes.byref(screen)):
-        raise MemoryError
+        raise MemoryError("the choice of greedy tokens found no memory for what its threads work in")
     return tokens
