@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from batchllm.executor.attention_native import NativeStepAttention
 from batchllm.executor.forward_context import StepAttention, current_step
 from batchllm.executor.joined_linear import join_linears, share_rows
-from batchllm.executor.layer_ops import BetweenProducts, ops_for, rms_norm
+from batchllm.executor.layer_ops import BetweenProducts, ops_for
 from batchllm.executor.mapped_weights import MappedFiles
 from batchllm.executor.native_linear import NativeGatedLinear, NativeLinear, add_product, can_be_native
 from batchllm.executor.whole_layer import WholeLayer
@@ -106,8 +105,8 @@ class FusedDecoderLayer(nn.Module):
         num_q, num_kv = self.q_size // self.head_dim, self.kv_size // self.head_dim
         turned, value = heads[:, : num_q + num_kv], heads[:, num_q + num_kv :]
         if hasattr(attention, "q_norm"):
-            query, key, _ = heads.split([num_q, num_kv, num_kv], dim=1)
-            turned = torch.cat((rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)), dim=1)
+            self.ops.norm_heads(turned[:, :num_q], attention.q_norm)
+            self.ops.norm_heads(turned[:, num_q:], attention.k_norm)
         turned = self.ops.rotate(turned, *position_embeddings)
         return turned[:, :num_q], turned[:, num_q:], value
 

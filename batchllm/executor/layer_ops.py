@@ -21,6 +21,10 @@ class BetweenProducts(Protocol):
 
     def norm(self, states: Tensor, norm: Any) -> Tensor: ...
 
+    def norm_heads(self, states: Tensor, norm: Any) -> None:
+        """[n, heads, D], in place."""
+        ...
+
     def gated(self, joined: Tensor) -> Tensor:
         """[n, 2 size] → silu of the first half times the second, [n, size]. `joined` may be overwritten."""
         ...
@@ -45,6 +49,9 @@ class TorchOps:
     def norm(self, states: Tensor, norm: Any) -> Tensor:
         return rms_norm(states, norm)
 
+    def norm_heads(self, states: Tensor, norm: Any) -> None:
+        states.copy_(rms_norm(states, norm))
+
     def gated(self, joined: Tensor) -> Tensor:
         gate, up = joined.chunk(2, dim=-1)
         for rows in _blocks(gate):
@@ -64,6 +71,9 @@ class NativeOps:
     def norm(self, states: Tensor, norm: Any) -> Tensor:
         normed: Tensor = self._ops.rms_norm(states, norm.weight, norm.variance_epsilon)
         return normed
+
+    def norm_heads(self, states: Tensor, norm: Any) -> None:
+        self._ops.norm_heads(states, norm.weight, norm.variance_epsilon)
 
     def gated(self, joined: Tensor) -> Tensor:
         output: Tensor = self._ops.silu_and_mul(joined)

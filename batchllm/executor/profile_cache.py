@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
+from batchllm_kernels.cpu.build import sources
 
 from batchllm.core import SamplingParams
 from batchllm.planner.hardware import DeviceProfile, RateCurve
@@ -53,6 +54,7 @@ def _path(fingerprint: str, dtype: str, params: SamplingParams) -> Path:
         "threads": torch.get_num_threads(),
         "device": [platform.node(), platform.machine(), _cpu_name(), os.cpu_count()],
         "versions": versions(),
+        "kernels": xxhash.xxh3_64_hexdigest(sources()),
         "sampling": [params.greedy, params.top_p < 1, params.top_k > 0, params.min_p > 0, params.logprobs],
         "profile": [field.name for field in fields(DeviceProfile)],
     }

@@ -1,7 +1,7 @@
 """A fused decoder layer whose parts are all the kernels' is one call: Python between them costs 6% of a step.
 
-Layers keep their own code for what this does not do: norms of queries and keys (Qwen3), a last layer that is computed
-for some rows only, steps that copy KV.
+Layers keep their own code for what this does not do: weights in another form, a last layer that is computed for some
+rows only, steps that copy KV.
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ class WholeLayer:
             gated, NativeGatedLinear
         ):
             return None
-        if hasattr(attention, "q_norm"):
-            return None
         norms = [_norm(layer.original.input_layernorm), _norm(layer.original.post_attention_layernorm)]
         call = DecoderLayer(
             kernels,
             *(_weights(qkv), _weights(output), Weights(gated.packed, 2 * gated.size), _weights(down)),
             (norms[0], norms[1]),
+            (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
             *(layer.q_size // layer.head_dim, layer.kv_size // layer.head_dim, layer.head_dim),
         )
         return cls(call, layer, memory)

@@ -50,6 +50,21 @@ def test_norm_is_the_modules(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("size", [16, 40, 128])
+def test_heads_are_normed_where_they_lie(name: str, size: int) -> None:
+    norm = LlamaRMSNorm(size, eps=1e-6).to(BF16)
+    norm.weight.data = normal(size, seed=1)
+    joined = normal(9, 5 * size)
+    before, heads = joined.clone(), joined.view(9, 5, size)[:, 1:4]
+    expected = norm(heads.clone())
+    ops_of(name).norm_heads(heads, norm)
+    assert_close(heads, expected)
+    assert torch.equal(joined[:, :size], before[:, :size]) and torch.equal(
+        joined[:, 4 * size :], before[:, 4 * size :]
+    )
+
+
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("size", [16, 45, 512])
 def test_gate_is_silu_times_up(name: str, size: int) -> None:
     joined = normal(9, 2 * size) * 8

@@ -41,8 +41,7 @@ def library(folder: Path) -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C compiler (gcc or clang)"
     command = [compiler, *_FLAGS, *_INSTRUCTIONS]
-    content = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]")))
-    name = hashlib.sha256(" ".join(command).encode() + content).hexdigest()[:16]
+    name = hashlib.sha256(" ".join(command).encode() + sources()).hexdigest()[:16]
     path = folder / f"kernels-{name}.so"
     try:
         if not path.exists():
@@ -50,6 +49,11 @@ def library(folder: Path) -> ctypes.CDLL | str:
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return f"{compiler} could not compile them: {_first_line(error)}"
+
+
+def sources() -> bytes:
+    """All of the kernels' code."""
+    return b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]")))
 
 
 def _compiler() -> str | None:

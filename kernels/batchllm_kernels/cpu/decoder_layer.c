@@ -11,8 +11,9 @@
 typedef struct {
     Product qkv, output, gated, down;
     const bf16 *input_norm, *mlp_norm;  /* [hidden] weights */
+    const bf16 *query_norm, *key_norm;  /* [dim] weights, or NULL */
     int64_t hidden, heads, kv_heads, dim;
-    float input_epsilon, mlp_epsilon;
+    float input_epsilon, mlp_epsilon, head_epsilon;
 } Layer;
 
 /* As _Step in decoder_layer.py. */
@@ -42,6 +43,10 @@ int batchllm_decoder_layer(const Layer *layer, const Step *step, const Job *job)
     batchllm_rms_norm(step->hidden, layer->input_norm, step->normed, rows, hidden, hidden, hidden,
                       layer->input_epsilon);
     multiply_rows(layer->qkv, step->normed, step->joined, rows, 0);
+    if (layer->query_norm) {
+        batchllm_norm_heads(step->joined, layer->query_norm, rows, layer->heads, layer->dim, row, layer->head_epsilon);
+        batchllm_norm_heads(key, layer->key_norm, rows, layer->kv_heads, layer->dim, row, layer->head_epsilon);
+    }
     batchllm_rotate(step->joined, step->cosine, step->sine, rows, turned, layer->dim, row);
     batchllm_store_kv(key, value, step->keys, step->values, step->slot, rows, width, row, row);
     Job attention = *job;

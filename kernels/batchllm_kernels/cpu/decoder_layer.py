@@ -30,7 +30,7 @@ class Weights(NamedTuple):
 
 
 class Norm(NamedTuple):
-    weight: Tensor  # [hidden], contiguous
+    weight: Tensor  # [hidden], or [dim] of heads, contiguous
     epsilon: float
 
 
@@ -39,9 +39,9 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, Product) for name in ("qkv", "output", "gated", "down")),
-        *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "query_norm", "key_norm")),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "dim")),
-        *((name, ctypes.c_float) for name in ("input_epsilon", "mlp_epsilon")),
+        *((name, ctypes.c_float) for name in ("input_epsilon", "mlp_epsilon", "head_epsilon")),
     ]
 
 
@@ -69,6 +69,7 @@ class DecoderLayer:
         gated: Weights,
         down: Weights,
         norms: tuple[Norm, Norm],
+        head_norms: tuple[Norm, Norm] | None,
         heads: int,
         kv_heads: int,
         dim: int,
@@ -77,16 +78,19 @@ class DecoderLayer:
         assert qkv.outputs == (heads + 2 * kv_heads) * dim and output.outputs == down.outputs == hidden
         assert 2 * output.packed.shape[1] == heads * dim and 2 * down.packed.shape[1] == size
         assert all(norm.weight.is_contiguous() and len(norm.weight) == hidden for norm in norms)
-        self._kernels, self._kept = kernels, (qkv, output, gated, down, norms)
+        query_norm, key_norm = head_norms or (None, None)
+        assert query_norm is None or key_norm is None or query_norm.epsilon == key_norm.epsilon
+        self._kernels, self._kept = kernels, (qkv, output, gated, down, norms, head_norms)
         self.hidden, self.heads, self.kv_heads, self.dim, self.size = hidden, heads, kv_heads, dim, size
         self._layer = _Layer(
             qkv.product(),
             output.product(),
             gated.product(gated=1),
             down.product(),
-            *(norm.weight.data_ptr() for norm in norms),
+            *(norm and norm.weight.data_ptr() for norm in (*norms, query_norm, key_norm)),
             *(hidden, heads, kv_heads, dim),
             *(norm.epsilon for norm in norms),
+            query_norm.epsilon if query_norm else 0.0,
         )
 
     def run(self, step: LayerStep, keys: Tensor, values: Tensor, scale: float, window: int | None) -> None:

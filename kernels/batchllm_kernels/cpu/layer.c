@@ -10,25 +10,37 @@
 #include "gate.h"
 #include "layer.h"
 
+static inline void norm_row(const bf16 *from, const bf16 *weight, bf16 *to, int64_t size, float epsilon)
+{
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t at = 0; at < size; at += LANES) {
+        __m512 number = load_bf16(from + at, size - at);
+        squares = _mm512_fmadd_ps(number, number, squares);
+    }
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / size + epsilon));
+    for (int64_t at = 0; at < size; at += LANES) {
+        __m512 number = rounded(_mm512_mul_ps(load_bf16(from + at, size - at), scale));
+        store_bf16(to + at, _mm512_mul_ps(number, load_bf16(weight + at, size - at)), size - at);
+    }
+}
+
 /* normed [rows][size] = RMSNorm (Zhang and Sennrich 2019) of states [rows][size], times weight. */
 void batchllm_rms_norm(const bf16 *states, const bf16 *weight, bf16 *normed, int64_t rows, int64_t size,
                        int64_t states_row, int64_t normed_row, float epsilon)
 {
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const bf16 *from = states + row * states_row;
-        bf16 *to = normed + row * normed_row;
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t at = 0; at < size; at += LANES) {
-            __m512 number = load_bf16(from + at, size - at);
-            squares = _mm512_fmadd_ps(number, number, squares);
-        }
-        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / size + epsilon));
-        for (int64_t at = 0; at < size; at += LANES) {
-            __m512 number = rounded(_mm512_mul_ps(load_bf16(from + at, size - at), scale));
-            store_bf16(to + at, _mm512_mul_ps(number, load_bf16(weight + at, size - at)), size - at);
-        }
-    }
+    for (int64_t row = 0; row < rows; row++)
+        norm_row(states + row * states_row, weight, normed + row * normed_row, size, epsilon);
+}
+
+/* The same of every head of states [rows][heads][dim], in place. */
+void batchllm_norm_heads(bf16 *states, const bf16 *weight, int64_t rows, int64_t heads, int64_t dim, int64_t states_row,
+                         float epsilon)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (bf16 *head = states + row * states_row, *end = head + heads * dim; head < end; head += dim)
+            norm_row(head, weight, head, dim, epsilon);
 }
 
 /* output [rows][size] = silu(joined[:, :size]) * joined[:, size:] */

@@ -32,6 +32,17 @@ class LayerOps:
         )
         return normed
 
+    def norm_heads(self, states: Tensor, weight: Tensor, epsilon: float) -> None:
+        """The RMSNorm of every head of states [n, heads, dim], in place, times weight [dim], contiguous."""
+        rows, heads, dim = states.shape
+        assert states.stride()[1:] == (dim, 1) and len(weight) == dim
+        self._kernels.batchllm_norm_heads(
+            address(states),
+            address(weight),
+            *counts(rows, heads, dim, states.stride(0)),
+            ctypes.c_float(epsilon),
+        )
+
     def silu_and_mul(self, joined: Tensor) -> Tensor:
         """joined [n, 2 size], contiguous → silu of the first half times the second, [n, size]."""
         assert joined.is_contiguous()
