@@ -45,10 +45,9 @@ class WholeLayer:
         """None where parts of the layer are not the kernels'."""
         attention, mlp = layer.original.self_attn, layer.original.mlp
         qkv, output, gated, down = layer.qkv, attention.o_proj, layer.gated, mlp.down_proj
-        plain = (qkv, output, down)
-        if not all(isinstance(part, NativeLinear) for part in plain) or not isinstance(
-            gated, NativeGatedLinear
-        ):
+        if not isinstance(gated, NativeGatedLinear):
+            return None
+        if not all(isinstance(part, NativeLinear) for part in (qkv, output, down)):
             return None
         norms = [_norm(layer.original.input_layernorm), _norm(layer.original.post_attention_layernorm)]
         call = DecoderLayer(
@@ -67,7 +66,7 @@ class WholeLayer:
         pool = step.plain_pool(self._index, self._call.kv_heads, self._call.dim)
         if pool is None or not hidden.is_contiguous():
             return False
-        if step.shared is None or not step.shared.is_of(hidden):
+        if step.shared is None or not step.shared.is_of(hidden, positions[0]):
             step.shared = self._begin(hidden, positions, step)
         self._call.run(step.shared, *pool, self._scale, self._window)
         return True

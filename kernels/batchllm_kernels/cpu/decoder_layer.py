@@ -124,9 +124,8 @@ class LayerStep:
         rows = len(hidden)
         row = (layer.heads + 2 * layer.kv_heads) * layer.dim
         widths = (layer.hidden, row, layer.heads * layer.dim, layer.size)
-        normed, joined, attended, gated = torch.split(
-            memory[: rows * sum(widths)], [rows * w for w in widths]
-        )
+        parts = torch.split(memory[: rows * sum(widths)], [rows * width for width in widths])
+        normed, joined, attended, gated = parts
         self._kept = (hidden, cos, sin, slots, reads, memory)
         assert all(tensor.is_contiguous() for tensor in self._kept if isinstance(tensor, Tensor))
         self.step = _Step(
@@ -136,16 +135,15 @@ class LayerStep:
             *(tensor.data_ptr() for tensor in (slots, normed, joined, attended, gated)),
             rows,
         )
-        query = joined.view(rows, -1, layer.dim)[:, : layer.heads]
-        pool = joined.view(rows, -1, layer.dim)[
-            :, : layer.kv_heads
-        ]  # stands for the layers', which come later
-        self.job = make_job(reads, query, pool, pool, attended.view(rows, layer.heads, layer.dim), scale=1.0)
+        heads, output = joined.view(rows, -1, layer.dim), attended.view(rows, layer.heads, layer.dim)
+        pool = heads[:, : layer.kv_heads]  # stands for the layers', which come later
+        self.job = make_job(reads, heads[:, : layer.heads], pool, pool, output, scale=1.0)
         self.job.key_slot = self.job.value_slot = layer.kv_heads * layer.dim
 
-    def is_of(self, hidden: Tensor) -> bool:
-        """Whether these are the hidden states that go through the layers."""
-        return bool(hidden.data_ptr() == self.step.hidden and len(hidden) == self.step.rows)
+    def is_of(self, hidden: Tensor, cos: Tensor) -> bool:
+        """Whether these are the hidden states that go through the layers, and their positions."""
+        same = (hidden.data_ptr(), cos.data_ptr(), len(hidden))
+        return same == (self.step.hidden, self.step.cosine, self.step.rows)
 
     def set_layer(self, keys: Tensor, values: Tensor, scale: float, window: int | None) -> None:
         self.step.keys, self.step.values = keys.data_ptr(), values.data_ptr()
