@@ -26,6 +26,8 @@ from batchllm.planner.field_search import UNSHARED, Rule, Sets, search
 _SLOW_ENTRIES = 3_000_000  # beyond: fewer settings are tried
 _PAIRS = 2_000_000  # pairs of rows that may be compared in the bottom-up search
 _REGRET = 0.05
+_FEW_ENTRIES = 100_000  # up to here one more search costs next to nothing
+_STRONG_REGRET = 0.5
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def _rules(items: FreeItems, sets: Sets) -> Iterator[Rule]:
         if rare > 1:
             yield Rule(worth, rare, 0.0)
             yield Rule(worth, rare, _REGRET)
+            if len(sets.item) <= _FEW_ENTRIES:  # a pair that takes each other from better ones is left alone
+                yield Rule(worth, rare, _STRONG_REGRET)
 
 
 def _rare_count(sets: Sets) -> int:
