@@ -17,7 +17,7 @@ typedef struct {
 } Stretch;
 
 typedef struct {
-    Stretch keys, values;
+    Stretch first, second;
     int64_t pace;           /* bytes asked for at a time */
     int64_t rest;           /* loops ask at every step whose number has none of these bits */
 } Ahead;
@@ -35,8 +35,8 @@ static inline int64_t ask_some(Stretch *s, int64_t bytes)
 static inline void ask(Ahead *ahead)
 {
     for (int64_t left = ahead->pace; left > 0;) {
-        if (ahead->keys.rows) left -= ask_some(&ahead->keys, left);
-        else if (ahead->values.rows) left -= ask_some(&ahead->values, left);
+        if (ahead->first.rows) left -= ask_some(&ahead->first, left);
+        else if (ahead->second.rows) left -= ask_some(&ahead->second, left);
         else ahead->pace = left = 0;
     }
 }
@@ -52,10 +52,10 @@ static inline void join_rows(Stretch *s)
 /* Spreads the lines over `chances` to ask. */
 static inline void set_pace(Ahead *ahead, int64_t chances)
 {
-    int64_t lines = (ahead->keys.rows * ahead->keys.width + ahead->values.rows * ahead->values.width) / LINE + 1;
+    int64_t lines = (ahead->first.rows * ahead->first.width + ahead->second.rows * ahead->second.width) / LINE + 1;
     ahead->pace = (lines + chances - 1) / chances * LINE;
     ahead->rest = 0;
     while (ahead->rest < 7 && lines * 2 * (ahead->rest + 1) <= chances) ahead->rest = 2 * ahead->rest + 1;
-    join_rows(&ahead->keys);
-    join_rows(&ahead->values);
+    join_rows(&ahead->first);
+    join_rows(&ahead->second);
 }

@@ -107,8 +107,8 @@ static Ahead ahead_of(const Job *job, Block now, Block next, int64_t head)
     const bf16 *values = job->values + slot * job->value_slot + head * job->value_head;
     int64_t width = next.heads * job->key_head * bytes, value_width = next.heads * job->value_head * bytes;
     Ahead ahead;
-    ahead.keys = (Stretch){(const char *)keys, width, job->key_slot * bytes, next.count, 0};
-    ahead.values = (Stretch){(const char *)values, value_width, job->value_slot * bytes, next.count, 0};
+    ahead.first = (Stretch){(const char *)keys, width, job->key_slot * bytes, next.count, 0};
+    ahead.second = (Stretch){(const char *)values, value_width, job->value_slot * bytes, next.count, 0};
     int64_t queries = (now.segment[1] - now.segment[0]) * job->group, groups = (queries + ROWS - 1) / ROWS;
     /* Times to ask for four keys: two for their values, then for putting them in order, or one for their scores. */
     int64_t times = are_few(job, queries) ? 3 : 3 + 4 * groups;

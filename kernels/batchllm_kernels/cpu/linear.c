@@ -100,10 +100,10 @@ static Piece piece_of(const Division *d, int64_t number)
 static Ahead weights_ahead(const Product *p, Piece now, Piece next)
 {
     Ahead ahead = {.pace = 0};
-    if (next.panel == now.panel || now.first >= now.last) return ahead;
+    if (next.panel == now.panel) return ahead;
     int64_t bytes = p->inputs / 2 * PANEL * sizeof *p->weight;
-    ahead.keys = (Stretch){(const char *)panel_of(p, next.panel), bytes, bytes, 1, 0};
-    set_pace(&ahead, (now.last - now.first + ROWS - 1) / ROWS * (p->inputs / 2));
+    ahead.first = (Stretch){(const char *)panel_of(p, next.panel), bytes, bytes, 1, 0};
+    set_pace(&ahead, (now.last - now.first + ROWS - 1) / ROWS * (p->inputs / 2) + 1);
     return ahead;
 }
 
