@@ -51,6 +51,7 @@ def library(folder: Path) -> ctypes.CDLL | str:
         return f"{compiler} could not compile them: {_first_line(error)}"
 
 
+@cache
 def sources() -> bytes:
     """All of the kernels' code."""
     return b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]")))

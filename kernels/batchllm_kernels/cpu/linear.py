@@ -15,7 +15,7 @@ PANEL = 64  # outputs of a panel
 
 
 class Product(ctypes.Structure):
-    """As Product in linear.c."""
+    """As Product in linear.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input", "weight", "bias", "residual", "output")),
