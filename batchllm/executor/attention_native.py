@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend
+from batchllm_kernels.cpu.attention import MAX_VALUE_DIM, TiledReads, attend, make_job
 from batchllm_kernels.cpu.decoder_layer import LayerStep
 from batchllm_kernels.cpu.layer import store_kv
 from torch import Tensor
@@ -33,8 +33,6 @@ class NativeStepAttention(PoolAttention):
         super().__init__(pool, batch, NativeWriter(kernels, pool, batch))
         self._kernels = kernels
         self._reads: dict[tuple[int, bool], TiledReads] = {}  # by query heads of a KV head, and last_only
-        self._copies = bool(len(batch.copy_to))
-        self.slots = torch.from_numpy(batch.slots)
         self.shared: LayerStep | None = None  # what whole layers share (whole_layer)
 
     def attend(
@@ -54,8 +52,7 @@ class NativeStepAttention(PoolAttention):
         self._writer.write(layer, key, value)
         heads, tokens, key_dim = query.shape
         output = torch.empty(tokens, heads, value.shape[-1], dtype=query.dtype)
-        attend(
-            self._kernels,
+        job = make_job(
             self.reads(heads // len(key), last_only),
             _dense_rows(query).transpose(0, 1),
             self._pool.keys[layer][..., :key_dim],
@@ -66,13 +63,19 @@ class NativeStepAttention(PoolAttention):
             softcap=softcap,
             sinks=None if sinks is None else sinks.float().contiguous(),
         )
+        attend(self._kernels, job)
         return output
 
     def plain_pool(self, layer: int, heads: int, dim: int) -> tuple[Tensor, Tensor] | None:
         """The layer's keys and values [slots, heads, dim]; None where slots are wider, or writing them is not all."""
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         is_plain = keys.shape[1:] == values.shape[1:] == (heads, dim)
-        return (keys, values) if is_plain and not self._copies else None
+        return (keys, values) if is_plain and not self._writer.copies else None
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 [T] where the step's keys and values go."""
+        return self._writer.slots
 
     def reads(self, group: int, last_only: bool = False) -> TiledReads:
         key = (group, last_only)
@@ -93,7 +96,7 @@ class NativeWriter(KvWriter):
             super()._store(keys, values, key, value)
             return
         pool = keys.flatten(1), values.flatten(1)
-        store_kv(self._kernels, key.flatten(1), value.flatten(1), *pool, self._slots)
+        store_kv(self._kernels, key.flatten(1), value.flatten(1), *pool, self.slots)
 
 
 def _dense_rows(states: Tensor) -> Tensor:

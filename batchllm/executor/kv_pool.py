@@ -157,15 +157,20 @@ class KvWriter:
 
     def __init__(self, pool: KvPool, batch: StepBatch):
         self._pool = pool
-        self._slots = torch.from_numpy(batch.slots)
+        self.slots = torch.from_numpy(batch.slots)
         self._copy_from = torch.from_numpy(batch.copy_from)
         self._copy_to = torch.from_numpy(batch.copy_to)
+
+    @property
+    def copies(self) -> bool:
+        """Whether the step copies slots too."""
+        return len(self._copy_to) > 0
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value [heads, T, dim], any strides."""
         buffers = self._pool.keys[layer], self._pool.values[layer]
         self._store(*buffers, key.transpose(0, 1), value.transpose(0, 1))
-        if len(self._copy_to):
+        if self.copies:
             for buffer in buffers:
                 buffer.index_copy_(0, self._copy_to, buffer.index_select(0, self._copy_from))
 
@@ -174,4 +179,4 @@ class KvWriter:
         for buffer, new in ((keys, key), (values, value)):
             if new.shape[-1] < buffer.shape[-1]:
                 new = torch.nn.functional.pad(new, (0, buffer.shape[-1] - new.shape[-1]))
-            buffer.index_copy_(0, self._slots, new)
+            buffer.index_copy_(0, self.slots, new)

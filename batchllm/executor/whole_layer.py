@@ -10,7 +10,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
-from batchllm_kernels.cpu.decoder_layer import DecoderLayer, LayerStep, Norm, Weights, numbers_needed
+from batchllm_kernels.cpu.decoder_layer import DecoderLayer, LayerStep, Norm, Weights
 from torch import Tensor
 
 from batchllm.executor.attention_native import NativeStepAttention
@@ -75,7 +75,7 @@ class WholeLayer:
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], step: NativeStepAttention
     ) -> LayerStep:
         call = self._call
-        memory = self._memory.of(numbers_needed(call, len(hidden)))
+        memory = self._memory.of(len(hidden) * sum(call.widths))
         reads = step.reads(call.heads // call.kv_heads)
         cos, sin = (states[0].contiguous() for states in positions)
         return LayerStep(call, hidden, cos, sin, step.slots, reads, memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from batchllm_kernels.cpu.attention import TiledReads, attend
+from batchllm_kernels.cpu.attention import TiledReads, attend, make_job
 from torch import Tensor
 
 from batchllm.executor.native import native_kernels
@@ -34,7 +34,8 @@ def attended(
         np.array([[0, rows, FIRST, 0, count]]),
     )
     output = torch.empty(*query.shape[:2], values.shape[-1], dtype=BF16)
-    attend(kernels, reads, query, keys, values, output, scale=0.125, window=window, softcap=softcap)
+    job = make_job(reads, query, keys, values, output, scale=0.125, window=window, softcap=softcap)
+    attend(kernels, job)
     return output
 
 

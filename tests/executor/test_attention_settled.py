@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from batchllm_kernels.cpu.attention import TiledReads, attend
+from batchllm_kernels.cpu.attention import TiledReads, attend, make_job
 from torch import Tensor
 
 from batchllm.executor.native import native_kernels
@@ -27,7 +27,7 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None =
         np.array([[0, len(query), 0, 0, len(keys)]]),
     )
     output = torch.empty(*query.shape[:2], values.shape[-1], dtype=BF16)
-    attend(kernels, reads, query, keys, values, output, scale=1.0, sinks=sinks)
+    attend(kernels, make_job(reads, query, keys, values, output, scale=1.0, sinks=sinks))
     return output
 
 

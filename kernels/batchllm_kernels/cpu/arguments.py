@@ -19,3 +19,9 @@ def counts(*numbers: int) -> tuple[ctypes.c_int64, ...]:
 def rows_of_pairs(states: Tensor) -> Tensor:
     """states [n, width], or a copy whose rows can be read as pairs of neighbouring numbers, four bytes each."""
     return states if states.stride(1) == 1 and states.stride(0) % 2 == 0 else states.contiguous()
+
+
+def check_memory(failed: int, who: str) -> None:
+    """Raises MemoryError where a function in C says that it got none."""
+    if failed:
+        raise MemoryError(f"{who} found no memory for what its threads work in")

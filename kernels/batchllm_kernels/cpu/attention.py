@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchllm_kernels.cpu.arguments import check_memory
+
 MAX_VALUE_DIM = 512  # what a tile works in should stay in the second-level cache
 
 
@@ -26,6 +28,8 @@ class TiledReads:
 class AttentionJob(ctypes.Structure):
     """As Job in job.h."""
 
+    kept: tuple[object, ...]  # what its addresses belong to
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks")),
         *((name, ctypes.c_void_p) for name in ("token", "position", "tile_first", "segment_ptr", "segments")),
@@ -40,36 +44,6 @@ class AttentionJob(ctypes.Structure):
     ]
 
 
-def attend(
-    kernels: ctypes.CDLL,
-    reads: TiledReads,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    output: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> None:
-    """Writes the attention of all rows of `reads` to `output`.
-
-    query [T, Hq, D], keys [slots, Hkv, D], values [slots, Hkv, Dv], output [T, Hq, Dv]: bfloat16, last dimension
-    contiguous, other strides as they are; Hq a multiple of Hkv, D even. sinks: float32 [Hq], contiguous. A row at
-    position p sees positions p - window + 1 .. p of its segments, and must see at least one. Raises MemoryError.
-    """
-    job = make_job(
-        *(reads, query, keys, values, output),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    if kernels.batchllm_attention(ctypes.byref(job)):
-        raise MemoryError("attention found no memory for what its threads work in")
-
-
 def make_job(
     reads: TiledReads,
     query: Tensor,
@@ -82,9 +56,14 @@ def make_job(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> AttentionJob:
-    """What `attend` is given, as the kernel takes it: tensors and `reads` must stay while it is used."""
+    """The attention of all rows of `reads`, to be written to `output`. The job keeps what it is given.
+
+    query [T, Hq, D], keys [slots, Hkv, D], values [slots, Hkv, Dv], output [T, Hq, Dv]: bfloat16, last dimension
+    contiguous, other strides as they are; Hq a multiple of Hkv, D even. sinks: float32 [Hq], contiguous. A row at
+    position p sees positions p - window + 1 .. p of its segments, and must see at least one.
+    """
     heads, kv_heads = query.shape[1], keys.shape[1]
-    return AttentionJob(
+    job = AttentionJob(
         query=query.data_ptr(),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
@@ -112,3 +91,10 @@ def make_job(
         scale=scale,
         softcap=softcap or 0.0,
     )
+    job.kept = (reads, query, keys, values, output, sinks)
+    return job
+
+
+def attend(kernels: ctypes.CDLL, job: AttentionJob) -> None:
+    """Does a job of `make_job`. Raises MemoryError."""
+    check_memory(kernels.batchllm_attention(ctypes.byref(job)), "attention")

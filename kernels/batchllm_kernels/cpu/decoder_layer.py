@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from batchllm_kernels.cpu.arguments import check_memory
 from batchllm_kernels.cpu.attention import AttentionJob, TiledReads, make_job
 from batchllm_kernels.cpu.linear import Product
 
@@ -97,10 +98,14 @@ class DecoderLayer:
         """The step's hidden states go through the layer, in place; `keys` and `values` are its pool
         [slots, kv_heads, dim], contiguous. Raises MemoryError."""
         step.set_layer(keys, values, scale, window)
-        if self._kernels.batchllm_decoder_layer(
-            ctypes.byref(self._layer), ctypes.byref(step.step), ctypes.byref(step.job)
-        ):
-            raise MemoryError("attention found no memory for what its threads work in")
+        arguments = map(ctypes.byref, (self._layer, step.step, step.job))
+        check_memory(self._kernels.batchllm_decoder_layer(*arguments), "attention")
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """bfloat16 numbers of a row that a step works in: hidden states, all heads, query heads, the MLP."""
+        all_heads = (self.heads + 2 * self.kv_heads) * self.dim
+        return self.hidden, all_heads, self.heads * self.dim, self.size
 
 
 class LayerStep:
@@ -120,20 +125,22 @@ class LayerStep:
         memory: Tensor,
     ):
         """hidden [n, hidden], cos and sin [n, dim] with equal halves, all bfloat16 and contiguous; slots int64 [n];
-        memory: bfloat16 of `numbers_needed`, to work in."""
+        memory: bfloat16 [n * sum(layer.widths)] or more, to work in."""
         rows = len(hidden)
-        row = (layer.heads + 2 * layer.kv_heads) * layer.dim
-        widths = (layer.hidden, row, layer.heads * layer.dim, layer.size)
-        parts = torch.split(memory[: rows * sum(widths)], [rows * width for width in widths])
-        normed, joined, attended, gated = parts
-        self._kept = (hidden, cos, sin, slots, reads, memory)
-        assert all(tensor.is_contiguous() for tensor in self._kept if isinstance(tensor, Tensor))
+        sizes = [rows * width for width in layer.widths]
+        normed, joined, attended, gated = torch.split(memory[: sum(sizes)], sizes)
+        self._kept = (hidden, cos, sin, slots, memory)
+        assert all(tensor.is_contiguous() for tensor in self._kept)
         self.step = _Step(
-            *(tensor.data_ptr() for tensor in (hidden, cos, sin)),
-            None,
-            None,
-            *(tensor.data_ptr() for tensor in (slots, normed, joined, attended, gated)),
-            rows,
+            hidden=hidden.data_ptr(),
+            cosine=cos.data_ptr(),
+            sine=sin.data_ptr(),
+            slot=slots.data_ptr(),
+            normed=normed.data_ptr(),
+            joined=joined.data_ptr(),
+            attended=attended.data_ptr(),
+            gated=gated.data_ptr(),
+            rows=rows,
         )
         heads, output = joined.view(rows, -1, layer.dim), attended.view(rows, layer.heads, layer.dim)
         pool = heads[:, : layer.kv_heads]  # stands for the layers', which come later
@@ -148,8 +155,3 @@ class LayerStep:
     def set_layer(self, keys: Tensor, values: Tensor, scale: float, window: int | None) -> None:
         self.step.keys, self.step.values = keys.data_ptr(), values.data_ptr()
         self.job.scale, self.job.window = scale, window or 0
-
-
-def numbers_needed(layer: DecoderLayer, rows: int) -> int:
-    """bfloat16 numbers that a step of so many rows works in."""
-    return rows * (layer.hidden + (2 * layer.heads + 2 * layer.kv_heads) * layer.dim + layer.size)

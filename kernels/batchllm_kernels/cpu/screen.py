@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchllm_kernels.cpu.arguments import address, counts, rows_of_pairs
+from batchllm_kernels.cpu.arguments import address, check_memory, counts, rows_of_pairs
 from batchllm_kernels.cpu.large_pages import zeros_in_large_pages
 from batchllm_kernels.cpu.linear import PANEL
 
@@ -69,6 +69,5 @@ def first_largest(
         outputs=outputs,
         input_row=states.stride(0),
     )
-    if kernels.batchllm_screen(ctypes.byref(screen)):
-        raise MemoryError("the choice of greedy tokens found no memory for what its threads work in")
+    check_memory(kernels.batchllm_screen(ctypes.byref(screen)), "the choice of greedy tokens")
     return tokens
