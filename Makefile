@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test check benchmark clean
+.PHONY: quickstart test check clean
 
 quickstart: $(STAMP)
 	$(BIN)/batchllm run examples/quickstart/job.yaml

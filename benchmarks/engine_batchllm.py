@@ -16,7 +16,11 @@ from benchmarks.workloads import Workload
 def start(settings: Settings) -> Run:
     step_tokens = settings.step_tokens or "auto"
     llm = LLM(
-        settings.model, kv_memory=settings.kv_bytes, max_step_tokens=step_tokens, skip_tokenizer_init=True
+        settings.model,
+        kv_memory=settings.kv_bytes,
+        max_step_tokens=step_tokens,
+        skip_tokenizer_init=True,
+        quantize=settings.quantize or None,
     )
 
     def run(workload: Workload) -> EngineResult:

@@ -37,6 +37,7 @@ class Settings:
     step_tokens: int = 0  # most tokens a step; 0: the engine's best
     eager: bool = False  # without compiling
     traces: str = ""  # folder for a record of every step, if the engine keeps one
+    quantize: str = ""  # BatchLLM only
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
