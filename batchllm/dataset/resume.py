@@ -186,7 +186,11 @@ class SetAside:
 
     def move(self, path: Path, name: str) -> None:
         self._open()
-        _rename(path, self._folder.superseded / name)
+        target = self._folder.superseded / name
+        with writing(target):
+            # It may be a link to this very file, and then a rename would leave both names.
+            target.unlink(missing_ok=True)
+        _rename(path, target)
 
     def copy(self, path: Path) -> None:
         """The whole part, also the rows still wanted. The file is never written to again: a link will do."""

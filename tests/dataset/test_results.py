@@ -538,14 +538,17 @@ def test_a_truncated_part(tmp_path: Path, size: int, finished: bool) -> None:
     assert read(tmp_path) == WORLD.rows()
 
 
-def test_a_damaged_page_is_found_when_the_part_is_read(tmp_path: Path) -> None:
-    with WORLD.open(tmp_path) as store:
-        WORLD.fill(store, 30)
-    part = tmp_path / "part-live-00001.parquet"
+def damage_a_page(part: Path) -> None:
     output = pq.read_metadata(part).row_group(0).column(2)
     data = bytearray(part.read_bytes())
     data[output.dictionary_page_offset + output.total_compressed_size - 3] ^= 1
     part.write_bytes(data)
+
+
+def test_a_damaged_page_is_found_when_the_part_is_read(tmp_path: Path) -> None:
+    with WORLD.open(tmp_path) as store:
+        WORLD.fill(store, 30)
+    damage_a_page(tmp_path / "part-live-00001.parquet")
     with pytest.raises(
         OutputError, match=r"part-live-00001.parquet: was damaged.*run the same command again"
     ):
@@ -553,6 +556,21 @@ def test_a_damaged_page_is_found_when_the_part_is_read(tmp_path: Path) -> None:
     store = WORLD.run(tmp_path)
     assert store.num_resumed == 25
     assert read(tmp_path) == WORLD.rows()
+
+
+def test_a_damaged_page_of_a_part_with_a_row_too_many(tmp_path: Path) -> None:
+    """It is set aside for that row, and then once more for the damage."""
+    with WORLD.open(tmp_path) as store:
+        WORLD.fill(store, 30)
+        gone = int(store.parts["part-live-00001.parquet"][4])
+    damage_a_page(tmp_path / "part-live-00001.parquet")
+    world = World([name for row, name in enumerate(WORLD.names) if row != gone])
+    with world.open(tmp_path) as store:
+        assert store.num_resumed == 20
+        assert part_names(tmp_path) == ["part-live-00000.parquet", "part-live-00002.parquet"]
+        world.fill(store)
+        store.finish()
+    assert read(tmp_path) == world.rows()
 
 
 # ---- whose folder it is
