@@ -3,7 +3,7 @@
     OUT/part-live-NNNNN.parquet   answers in the order in which they were finished
     OUT/part-NNNNN.parquet        the whole result in input order
     OUT/_run/manifest.json        whose results these are, and how far they are
-    OUT/_run/superseded/          answers that no longer match the job; only the latest generation
+    OUT/_run/superseded/          answers that do not match the job now, see `superseded`
     OUT/_run/{lock,work,scratch,final,COMMIT}   while a run writes
 
 Readers that scan OUT skip `_run` for its underscore.

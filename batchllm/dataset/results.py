@@ -44,7 +44,8 @@ from batchllm.dataset.folder import (
     remove_results,
 )
 from batchllm.dataset.parts import job_digest, live_name, live_number, write_part
-from batchllm.dataset.resume import Inherited, SetAside, next_live_number, take_over
+from batchllm.dataset.resume import Inherited, next_live_number, take_over
+from batchllm.dataset.superseded import Superseded
 from batchllm.durable import WriteFailed, write_bytes, write_json
 from batchllm.errors import JobError, OutputError
 from batchllm.versions import batchllm_version
@@ -164,7 +165,7 @@ class ResultStore:
                 )
             except DamagedPart as part:
                 del self._parts[part.name]
-                SetAside(self._folder, self._columns).move(self.path / part.name, part.name)
+                Superseded(self._folder, self._columns.requests).move(self.path / part.name, part.name)
                 raise OutputError(
                     f"{self.path / part.name}: was damaged after it was written; "
                     "run the same command again to compute its rows anew"
@@ -257,8 +258,10 @@ def _notes(folder: Folder, inherited: Inherited) -> list[str]:
     if inherited.superseded:
         notes.append(
             f"{inherited.superseded:,} earlier answers no longer match (model, prompt, sampling or input "
-            f"changed) and were set aside in {folder.superseded}"
+            f"changed) and were set aside in {folder.superseded}, from where they come back when they match again"
         )
+    if inherited.taken_back:
+        notes.append(f"{inherited.taken_back:,} answers that had been set aside match again and were taken back")
     if inherited.retried:
         notes.append(f"{inherited.retried:,} rows that failed in an earlier run are tried again")
     if inherited.torn:

@@ -429,7 +429,7 @@ def test_a_changed_model_or_sampling(tmp_path: Path, change: dict, finished: boo
         assert (store.num_resumed, store.num_superseded) == (0, answered)
         assert store.notes[0].startswith(f"{answered} earlier answers no longer match")
         assert part_names(tmp_path) == []
-        aside = pl.read_parquet(tmp_path / "_run/superseded/*.parquet")
+        aside = pl.read_parquet(tmp_path / "_run/superseded/*/*.parquet")
         assert set(aside["output"]) <= {row[3] for row in WORLD.rows()}
         assert aside.height == answered
         changed.fill(store)
@@ -441,10 +441,10 @@ def test_only_the_latest_generation_is_kept_aside(tmp_path: Path) -> None:
     worlds = [replace(WORLD, configuration=name) for name in (b"first", b"second", b"third")]
     for world in worlds:
         world.run(tmp_path)
-    aside = pl.read_parquet(tmp_path / "_run/superseded/*.parquet")
+    aside = pl.read_parquet(tmp_path / "_run/superseded/*/*.parquet")
     assert set(aside["output"]) == {row[3] for row in worlds[1].rows()}
     worlds[2].run(tmp_path)  # nothing new is set aside, so nothing old is thrown away
-    assert pl.read_parquet(tmp_path / "_run/superseded/*.parquet").height == 35
+    assert pl.read_parquet(tmp_path / "_run/superseded/*/*.parquet").height == 35
 
 
 def test_changed_kept_columns_are_read_from_the_present_input(tmp_path: Path) -> None:
