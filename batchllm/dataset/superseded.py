@@ -81,7 +81,8 @@ class Superseded:
         request = match_keys(self._requests.key, keys)
         is_live = np.append(done, False)[request]  # -1: no request
         counted = ~is_live & (rank_among_equals(keys) == 0)
-        return np.bincount(generation[counted], minlength=len(parts)).tolist()
+        counts: list[int] = np.bincount(generation[counted], minlength=len(parts)).tolist()
+        return counts
 
     def _generations(self) -> list[Path]:
         """Oldest first."""

@@ -128,7 +128,11 @@ def test_what_is_answered_is_known_before_anything_is_changed(tmp_path: Path) ->
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     found = answered_before(Folder(tmp_path), WORLD.requests)
     assert (~found).nonzero()[0].tolist() == [], "FEW has computed the one that had failed"
-    assert answered_before(Folder(tmp_path), World(names([40, 2, 30])).requests).tolist() == [False, True, True]
+    assert answered_before(Folder(tmp_path), World(names([40, 2, 30])).requests).tolist() == [
+        False,
+        True,
+        True,
+    ]
     assert not answered_before(Folder(tmp_path / "none"), WORLD.requests).any()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
