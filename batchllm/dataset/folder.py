@@ -47,8 +47,9 @@ class Folder:
         self.lock = self.run / "lock"
 
 
-def check_output(path: Path, identity: str, overwrite: bool = False) -> None:
-    """Raises OutputError when a job with this identity must not write into `path`. Writes nothing.
+def check_output(path: Path, identity: str, overwrite: bool = False) -> bool:
+    """Whether `path` holds results of another job, to be replaced. Raises OutputError when a job with this identity
+    must not write there, as another job's results are without `overwrite`. Writes nothing.
 
     `identity` says which job it is: the same for every run over the same input, whatever its settings.
     """
@@ -62,8 +63,13 @@ def check_output(path: Path, identity: str, overwrite: bool = False) -> None:
             f"{path}: holds Parquet files that batchllm did not write ({foreign[0].name}), which even "
             "--overwrite leaves alone; choose another output.path"
         )
-    if not overwrite:
+    try:
         _check_owner(folder, identity, ours)
+    except OutputError:
+        if not overwrite:
+            raise
+        return True
+    return False
 
 
 def remove_results(folder: Folder) -> None:

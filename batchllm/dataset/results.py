@@ -47,7 +47,7 @@ from batchllm.dataset.parts import job_digest, live_name, live_number, write_par
 from batchllm.dataset.resume import Inherited, next_live_number, take_over
 from batchllm.dataset.superseded import Superseded
 from batchllm.durable import WriteFailed, write_bytes, write_json
-from batchllm.errors import JobError, OutputError
+from batchllm.errors import JobError
 from batchllm.versions import batchllm_version
 
 MAX_PART_ROWS = 1_000_000  # the keys of a part's rows lie in its footer, which every reader loads whole
@@ -99,7 +99,8 @@ class ResultStore:
 
         `kept` holds the id and kept columns, one row per input row; `fault_rows` are the rows without a
         prompt, whose errors are final. Errors of other rows are dropped, so they are tried again.
-        Without a `claim` on this path, which the caller goes on holding, the store makes one of its own.
+        Without a `claim` on this path, which the caller goes on holding, the store makes one of its own. `overwrite`
+        is for that: another job's results are removed, and this job's own stay.
         """
         if not 1 <= part_rows <= MAX_PART_ROWS:
             raise JobError(f"output.part_rows: must be between 1 and {MAX_PART_ROWS:,}, not {part_rows:,}")
@@ -108,7 +109,7 @@ class ResultStore:
             if claim is None:
                 claim = held.enter_context(claim_output(path, identity, overwrite))
             folder = claim.folder
-            if overwrite:
+            if claim.replaces:
                 remove_results(folder)
             recover(folder)
             inherited = take_over(folder, columns, job_digest(identity), fault_rows, part_rows)
@@ -166,7 +167,7 @@ class ResultStore:
             except DamagedPart as part:
                 del self._parts[part.name]
                 Superseded(self._folder, self._columns.requests).move(self.path / part.name, part.name)
-                raise OutputError(
+                raise WriteFailed(
                     f"{self.path / part.name}: was damaged after it was written; "
                     "run the same command again to compute its rows anew"
                 ) from part
@@ -261,7 +262,9 @@ def _notes(folder: Folder, inherited: Inherited) -> list[str]:
             f"changed) and were set aside in {folder.superseded}, from where they come back when they match again"
         )
     if inherited.taken_back:
-        notes.append(f"{inherited.taken_back:,} answers that had been set aside match again and were taken back")
+        notes.append(
+            f"{inherited.taken_back:,} answers that had been set aside match again and were taken back"
+        )
     if inherited.retried:
         notes.append(f"{inherited.retried:,} rows that failed in an earlier run are tried again")
     if inherited.torn:

@@ -550,7 +550,7 @@ def test_a_damaged_page_is_found_when_the_part_is_read(tmp_path: Path) -> None:
         WORLD.fill(store, 30)
     damage_a_page(tmp_path / "part-live-00001.parquet")
     with pytest.raises(
-        OutputError, match=r"part-live-00001.parquet: was damaged.*run the same command again"
+        WriteFailed, match=r"part-live-00001.parquet: was damaged.*run the same command again"
     ):
         WORLD.run(tmp_path)
     store = WORLD.run(tmp_path)
@@ -622,8 +622,9 @@ def test_results_of_another_job(tmp_path: Path, lose: str) -> None:
     with pytest.raises(OutputError, match="another job"):
         ResultStore.open(tmp_path, "other.parquet", WORLD.requests, WORLD.kept)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    check_output(tmp_path, "other.parquet", overwrite=True)
-    check_output(tmp_path, IDENTITY)
+    assert check_output(tmp_path, "other.parquet", overwrite=True)
+    assert not check_output(tmp_path, IDENTITY)
+    assert not check_output(tmp_path, IDENTITY, overwrite=True)
 
 
 def test_results_of_a_newer_version(tmp_path: Path) -> None:
@@ -634,9 +635,17 @@ def test_results_of_a_newer_version(tmp_path: Path) -> None:
         check_output(tmp_path, IDENTITY)
 
 
+def of_another_job(out: Path, configuration: bytes = b"model") -> None:
+    with ResultStore.open(
+        out, "other.parquet", WORLD.requests, WORLD.kept, configuration=configuration, part_rows=10
+    ) as store:
+        WORLD.fill(store)
+        store.finish()
+
+
 def test_overwrite(tmp_path: Path) -> None:
-    WORLD.run(tmp_path)
-    replace(WORLD, configuration=b"second").run(tmp_path)
+    of_another_job(tmp_path)
+    (tmp_path / "_run" / "superseded" / "00000").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "_run" / "metrics.json").write_text("{}")
     with WORLD.open(tmp_path, overwrite=True) as store:
@@ -648,6 +657,17 @@ def test_overwrite(tmp_path: Path) -> None:
         store.finish()
     assert read(tmp_path) == WORLD.rows()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    of_another_job(tmp_path)
+    with WORLD.open(tmp_path, overwrite=True) as store:
+        WORLD.fill(store, 12)
+    with WORLD.open(tmp_path, overwrite=True) as store:
+        assert store.num_resumed == 12
+        WORLD.fill(store)
+        store.finish()
+    assert read(tmp_path) == WORLD.rows()
 
 
 def test_other_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
