@@ -21,8 +21,9 @@ from batchllm.core import (
     SequenceResult,
 )
 from batchllm.dataset.answer_cache import AnswerCache
-from batchllm.dataset.parts import parquet_files
+from batchllm.dataset.claim import Claim
 from batchllm.dataset.results import ResultStore
+from batchllm.dataset.resume import answered_before
 from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
 from batchllm.history import PastLengths, own_lengths, teach
@@ -184,17 +185,21 @@ def _first(draft: PlanDraft, sample_rows: int | None) -> NDArray[np.bool_] | Non
 
 
 def load_before_opening(
-    job: JobSpec, prompts: PromptTable, overwrite: bool, watch: Stopwatch, placement: Placement
+    job: JobSpec,
+    prompts: PromptTable,
+    requests: RequestTable,
+    claim: Claim,
+    watch: Stopwatch,
+    placement: Placement,
 ) -> LoadedModel | None:
-    """The model, if the job's folder is a new one and there are prompts to answer.
+    """The model, if there are prompts to answer. None where every answer is in the folder already.
 
-    When it turns out not to run, nothing may be left in a new folder and nothing of another job's results may be lost,
-    so then it is loaded first.
+    When it turns out not to run, the folder must be as it was: nothing left in a new one, no answers set aside or
+    removed in another. So it is loaded before the folder is opened.
     """
-    is_new = overwrite or not parquet_files(job.output.path)
-    if not is_new or len(prompts.faults) == prompts.num_rows:
-        return None
-    return load_checked_model(job, watch, placement)
+    faulty = np.isin(requests.row, np.fromiter(prompts.faults, dtype=np.int64, count=len(prompts.faults)))
+    answered = faulty if claim.replaces else faulty | answered_before(claim.folder, requests)
+    return None if answered.all() else load_checked_model(job, watch, placement)
 
 
 def load_checked_model(job: JobSpec, watch: Stopwatch, placement: Placement) -> LoadedModel:

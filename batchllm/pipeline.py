@@ -97,7 +97,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         configuration = _configuration(job)
         requests = make_requests(prompts, rows.ids, configuration)
-        model = load_before_opening(job, prompts, overwrite, watch, placement)
+        model = load_before_opening(job, prompts, requests, claim, watch, placement)
         candidates = Candidates(prompts, requests, rows.ids, configuration)
         with ResultStore.open(
             job.output.path,
@@ -110,7 +110,6 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
-            overwrite=overwrite,
             claim=claim,
         ) as store:
             run = Execution(

@@ -52,7 +52,7 @@ def run_score_job(
         check_lengths(limit, _longest(rows, max_length), config.model_type)
         configuration = _configuration(job, prefix, max_length)
         requests = make_requests(rows.prompts, rows.ids, configuration)
-        loaded = load_before_opening(job, rows.prompts, overwrite, watch, placement)
+        loaded = load_before_opening(job, rows.prompts, requests, claim, watch, placement)
         with ResultStore.open(
             job.output.path,
             identity,
@@ -65,7 +65,6 @@ def run_score_job(
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
-            overwrite=overwrite,
             claim=claim,
         ) as store:
             store.add(faults_of(~store.done, rows.prompts, requests))

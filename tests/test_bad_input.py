@@ -226,6 +226,19 @@ def test_a_model_that_fails_the_parity_check(
     assert "differ from transformers' own" in refused(make_job(tmp_path, model_folder, questions(2)), capfd)
 
 
+@pytest.mark.parametrize("change", ["model.path=../other", "generate.max_tokens=3"])
+def test_a_changed_job_whose_model_cannot_run_leaves_the_results_alone(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    save_model(tmp_path / "other", seed=1)
+    job, out = make_job(tmp_path / "job", model_folder, questions(5)), tmp_path / "job" / "out"
+    assert exit_code_of("run", job, "--quiet") == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(attention_cpu, "add_product", lambda *args: None)
+    assert exit_code_of("run", job, "--quiet", "--set", change) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_kv_memory_that_holds_no_token(
     model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -266,6 +266,22 @@ def test_nothing_changed_nothing_is_said_or_computed(
     assert read_metrics(tmp_path / "out")["prompt_tokens_computed"] == 0
 
 
+@pytest.mark.parametrize("detour", [["--limit", 3], ["--set", "generate.max_tokens=3"]])
+def test_the_way_back_from_a_detour_costs_nothing(
+    model_folder: Path, tmp_path: Path, detour: list[Any]
+) -> None:
+    job = make_job(tmp_path, model_folder, questions(ROWS))
+    answers = run(job)
+    there = run(job, *detour)
+    assert len(there) == (3 if "--limit" in detour else ROWS)
+    assert run(job) == answers
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics["rows_resumed"] == ROWS
+    assert "load" not in metrics["seconds"], "the model is not needed"
+    assert run(job, *detour) == there
+    assert "load" not in read_metrics(tmp_path / "out")["seconds"]
+
+
 @pytest.mark.parametrize("engine", [{"max_step_tokens": 9}, {"kv_memory": "1MiB"}, {"order": "input"}])
 def test_the_schedule_may_change_between_runs(
     model_folder: Path, tmp_path: Path, engine: dict[str, Any]
