@@ -24,7 +24,7 @@ from batchllm.dataset.keys import match_keys, rank_among_equals
 from batchllm.dataset.parts import (
     PartHeader,
     TornPart,
-    final_number,
+    final_names,
     layout_digest,
     live_name,
     live_number,
@@ -133,7 +133,7 @@ def _is_complete(found: list[_Found], columns: Columns, part_rows: int) -> bool:
     """The parts are the final ones of exactly these requests, cut as they would be cut now."""
     total = len(columns.requests)
     sizes = [min(part_rows, total - start) for start in range(0, total, part_rows)] or [0]
-    if [final_number(part.header.path.name) for part in found] != list(range(len(sizes))):
+    if [part.header.path.name for part in found] != final_names(len(sizes)):
         return False
     if [len(part.requests) for part in found] != sizes:
         return False
