@@ -48,11 +48,10 @@ from batchllm.dataset.resume import Inherited, next_live_number, take_over
 from batchllm.dataset.superseded import Superseded
 from batchllm.durable import WriteFailed, write_bytes, write_json
 from batchllm.errors import JobError
+from batchllm.job_values import MAX_PART_ROWS
 from batchllm.versions import batchllm_version
 
-MAX_PART_ROWS = 1_000_000  # the keys of a part's rows lie in its footer, which every reader loads whole
-
-__all__ = ["MAX_PART_ROWS", "ResultStore", "check_output", "claim_output"]
+__all__ = ["ResultStore", "check_output", "claim_output"]
 
 
 class ResultStore:

@@ -17,6 +17,7 @@ import pytest
 
 from batchllm.core import RequestResult
 from batchllm.dataset.columns import RowReader
+from batchllm.dataset.finish import final_parts
 from batchllm.dataset.results import ResultStore, check_output, claim_output
 from batchllm.durable import WriteFailed
 from batchllm.errors import JobError, OutputError
@@ -683,6 +684,20 @@ def test_part_rows_have_a_bound(tmp_path: Path) -> None:
         with pytest.raises(JobError, match=r"output.part_rows: must be between 1 and 1,000,000"):
             WORLD.open(tmp_path / "out", part_rows=part_rows)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_parts_are_in_the_order_of_their_rows() -> None:
+    for count in (99_999, 100_000, 100_002):
+        assert sorted(final_parts(count, 1)) == list(final_parts(count, 1))
+    assert list(final_parts(100_000, 1))[-1] == "part-99999.parquet", "as ever, where five digits will do"
+
+
+@pytest.mark.parametrize("name", ["part-000003.parquet", "part-00004.parquet"])
+def test_a_result_with_other_names_is_named_anew(tmp_path: Path, name: str) -> None:
+    WORLD.run(tmp_path)
+    (tmp_path / "part-00003.parquet").rename(tmp_path / name)
+    assert WORLD.run(tmp_path).num_resumed == 35
+    assert part_names(tmp_path) == [f"part-0000{i}.parquet" for i in range(4)]
 
 
 # ---- rows in any order out of many chunks
