@@ -77,7 +77,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
         figures = run_score_job(job, config, limit, placement, overwrite=overwrite, quiet=quiet)
         return _summary_of(job.output.path, *figures)
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
-    data = open_input(job.input, job.source)
+    data = open_input(job.input, job.source, job.output.folders)
     validate_columns(job, data.schema)
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
     if job.chunks is not None and job.chunks.reuse != "off":

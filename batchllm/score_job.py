@@ -42,7 +42,7 @@ def run_score_job(
     progress, watch = Progress(quiet=quiet), Stopwatch()
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     prefix = _prefix_token(tokenizer, job)
-    data = score_input(job, open_input(job.input, job.source))
+    data = score_input(job, open_input(job.input, job.source, job.output.folders))
     text_config = config.get_text_config()
     max_length = getattr(text_config, "max_position_embeddings", None) or _LENGTH_UNKNOWN
     identity = json.dumps({"input": job.input.path, "format": job.input.format, "score": True})

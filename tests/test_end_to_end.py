@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -179,6 +180,27 @@ def test_more_samples_keep_those_already_there(model_folder: Path, tmp_path: Pat
     assert {key: three[key] for key in two} == two
     assert len(three) == 18
     assert read_metrics(tmp_path / "out")["rows_resumed"] == 12
+
+
+# ---- answers beside the input
+
+
+@pytest.mark.parametrize("path", ["data", "data/**", "."])
+@pytest.mark.parametrize("format", ["parquet", "ndjson", "csv"])
+def test_answers_inside_the_input_folder_are_no_input(
+    model_folder: Path, tmp_path: Path, format: str, path: str
+) -> None:
+    expected = run(make_job(tmp_path / "apart", model_folder, questions(6)))
+    output = {"path": "data/answers", "cache": "data/cache"}
+    job = make_job(tmp_path / "job", model_folder, questions(6), input={"path": path}, output=output)
+    (tmp_path / "job" / "rows.parquet").unlink()
+    (tmp_path / "job" / "data").mkdir()
+    getattr(pl.DataFrame(questions(6)), f"write_{format}")(tmp_path / f"job/data/rows.{format}")
+    for arguments, count in ((["--limit", 3], 3), ([], 6), ([], 6)):
+        assert exit_code_of("run", job, "--quiet", *arguments) == 0
+        assert texts(tmp_path / "job" / "data" / "answers") == dict([*expected.items()][:count])
+    assert read_metrics(tmp_path / "job" / "data" / "answers")["rows_resumed"] == 6
+    assert exit_code_of("plan", job, "--quiet") == 0
 
 
 # ---- what changes between runs into the same folder
