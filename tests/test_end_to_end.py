@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import batchllm
+from batchllm.executor.engine import Engine
 from tests.executor.test_model_folder import one_weight
 from tests.jobs import (
     KV_TOKEN_BYTES,
@@ -97,6 +98,25 @@ def test_the_python_call(model_folder: Path, tmp_path: Path) -> None:
     assert table["id"].to_list() == [f"row-{number}" for number in range(6)]
     assert table["output_tokens"].list.len().max() <= 3
     assert (result.exit_code, result.metrics.rows_ok) == (0, 6)
+
+
+def test_ctrl_c_stops_the_script_that_called(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, model_folder, questions(6), engine={"max_step_tokens": 16})
+
+    def interrupted(engine: Engine, original: Any = Engine.run) -> Iterator[list[Any]]:
+        for finished in original(engine):
+            yield finished
+            if finished:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batchllm.run(job, quiet=True)
+    assert 0 < len(texts(tmp_path / "out")) < 6
+    assert batchllm.run(job, quiet=True).metrics.rows_ok == 6
 
 
 # ---- the schedule changes nothing
