@@ -27,6 +27,7 @@ from tests.jobs import (
     read_metrics,
     read_output,
     save_model,
+    texts,
 )
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -259,6 +260,47 @@ def test_the_results_of_another_job(
     assert read_output(tmp_path / "out").equals(before)
     assert exit_code_of("run", other, "--quiet", "--overwrite") == 0
     assert read_output(tmp_path / "out")["id"].to_list() == ["row-0", "row-1"]
+
+
+ORIGINAL_OPEN, ORIGINAL_FILE = Path.open, pa.OSFile
+
+
+def opened_full(path: Path, *how: Any, **options: Any) -> Any:
+    return ORIGINAL_OPEN(Path("/dev/full") if path.name == "prompts.tokens" else path, *how, **options)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("file", "call", "on_a_full_disk"),
+    [
+        ("work/prompts.tokens", "pathlib.Path.open", opened_full),
+        ("work/prompts.tokens", "batchllm.dataset.tokens.np.save", refuse),
+        ("work/kept.arrow", "batchllm.dataset.load.pa.OSFile", lambda *_: ORIGINAL_FILE("/dev/full", "wb")),
+        ("plan.parquet", "batchllm.planner.plan_file.pq.write_table", refuse),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_the_next_run_finishes(
+    model_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    call: str,
+    on_a_full_disk: Any,
+) -> None:
+    job, out = make_job(tmp_path, model_folder, questions(6)), tmp_path / "out"
+    with monkeypatch.context() as full:
+        full.setattr(call, on_a_full_disk)
+        assert exit_code_of("run", job, "--quiet") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out / '_run' / file}: cannot be written (No space left on device)")
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert exit_code_of("run", job, "--quiet") == 0
+    assert len(texts(out)) == 6
 
 
 def test_a_fault_of_ours_is_told_apart(
