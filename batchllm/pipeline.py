@@ -106,7 +106,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             rows.kept,
             configuration=configuration,
             logprobs=Logprobs.asked_for(prompts.params),
-            fault_rows=prompts.faults.keys(),
+            faults=prompts.faults,
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
@@ -214,6 +214,7 @@ def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSum
     metrics = RunMetrics(
         rows_ok=int(store.done.sum()) - store.num_errors,
         rows_error=store.num_errors,
+        errors=store.errors.commonest(),
         rows_resumed=store.num_resumed,
         prompt_tokens=sum(plan.prompt_tokens for plan in run.plans),
         prompt_tokens_computed=sum(stats.prompt_tokens_computed for stats in engines),

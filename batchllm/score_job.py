@@ -61,7 +61,7 @@ def run_score_job(
             configuration=configuration,
             logprobs=Logprobs(job.score.token_logprobs),
             scores=True,
-            fault_rows=rows.prompts.faults.keys(),
+            faults=rows.prompts.faults,
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
@@ -189,6 +189,7 @@ def _metrics(store: ResultStore, watch: Stopwatch, run: TableRun | None) -> RunM
     return RunMetrics(
         rows_ok=int(store.done.sum()) - store.num_errors,
         rows_error=store.num_errors,
+        errors=store.errors.commonest(),
         rows_resumed=store.num_resumed,
         prompt_tokens=plan.prompt_tokens if plan else 0,
         prompt_tokens_computed=stats.prompt_tokens_computed if stats else 0,

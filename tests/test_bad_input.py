@@ -130,10 +130,14 @@ def test_token_that_the_model_does_not_know(tmp_path: Path) -> None:
 
 def test_everything_at_once_and_again(model_folder: Path, tmp_path: Path) -> None:
     prompts = [None, "", "x" * 600, "fine"]
-    bad = run_rows(tmp_path, model_folder, prompts)
+    bad = run_rows(tmp_path, model_folder, [*prompts, "y" * 700])
     assert bad["finish_reason"].to_list()[:3] == ["error"] * 3
+    reasons = read_metrics(tmp_path / "out")["errors"]
+    assert sorted(reasons.values()) == [1, 1, 2]
+    assert max(reasons, key=reasons.__getitem__) == bad["error"][2], "two that differ in a number are one"
     assert exit_code_of("run", tmp_path / "job.yaml", "--quiet") == 3, "errors stay errors"
-    assert len(read_output(tmp_path / "out")) == 6
+    assert read_metrics(tmp_path / "out")["errors"] == reasons
+    assert len(read_output(tmp_path / "out")) == 7
 
 
 def test_only_bad_rows_need_no_model(model_folder: Path, tmp_path: Path) -> None:

@@ -43,7 +43,6 @@ class Inherited:
 
     done: NDArray[np.bool_]  # [requests]
     parts: dict[str, IntArray] = field(default_factory=dict)  # name of a part → request of each row
-    errors: int = 0  # of the rows kept
     superseded: int = 0  # answers set aside
     taken_back: int = 0  # answers set aside earlier, wanted again
     retried: int = 0  # rows that failed while they were computed, dropped
@@ -71,7 +70,7 @@ def take_over(
     if not torn and _is_complete(found, columns, part_rows):
         inherited.complete = True
         for part in found:
-            _keep(inherited, part.header.path.name, part.requests, part.header.is_error)
+            _keep(inherited, part.header.path.name, part.requests)
         return inherited
     aside = Superseded(folder, columns.requests)
     numbers = _free_numbers(folder)
@@ -161,7 +160,7 @@ def _settle(
     inherited.superseded += unwanted
     inherited.retried += int(part.retry.sum())
     if len(rows) == len(part.keep) and part.header.layout == layout_digest(columns, requests) and len(rows):
-        _keep(inherited, path.name, requests, part.header.is_error)
+        _keep(inherited, path.name, requests)
         return
     if unwanted:
         aside.copy(path)
@@ -176,13 +175,12 @@ def _settle(
         inherited.torn += 1
         return
     write_part(path, folder.scratch, columns, job, requests, answers, rows)
-    _keep(inherited, path.name, requests, part.header.is_error[rows])
+    _keep(inherited, path.name, requests)
 
 
-def _keep(inherited: Inherited, name: str, requests: IntArray, is_error: NDArray[np.bool_]) -> None:
+def _keep(inherited: Inherited, name: str, requests: IntArray) -> None:
     inherited.parts[name] = requests
     inherited.done[requests] = True
-    inherited.errors += int(is_error.sum())
 
 
 def _take_back(
@@ -210,7 +208,7 @@ def _take_back(
             continue
         path = folder.path / live_name(next(numbers))
         write_part(path, folder.scratch, columns, job, requests, answers, np.flatnonzero(missing)[first])
-        _keep(inherited, path.name, requests, np.zeros(len(requests), dtype=bool))
+        _keep(inherited, path.name, requests)
         inherited.taken_back += len(requests)
 
 

@@ -476,9 +476,11 @@ def test_errors_of_the_input_stay_and_others_are_tried_again(tmp_path: Path) -> 
         for request in (7, 8):
             store.add([RequestResult(request, None, (), "error", "out of memory", 3, 0)])
         assert store.num_errors == 4
+        assert store.errors.commonest() == {"out of memory": 2, "the prompt is empty": 1, "null": 1}
     with world.open(tmp_path) as store:
         assert np.flatnonzero(store.done).tolist() == [0, 1, 3, 5, 20]
         assert store.num_errors == 2
+        assert store.errors.commonest() == {"the prompt is empty": 1, "null": 1}
         assert store.notes == ["2 rows that failed in an earlier run are tried again"]
         assert not store.num_superseded
         world.fill(store)
