@@ -11,7 +11,7 @@ from batchllm.candidates import Candidates
 from batchllm.chunkcache.store_opening import check_store
 from batchllm.collection import resume_collection
 from batchllm.core import PromptTable, RequestTable
-from batchllm.dataset.answer_cache import AnswerCache
+from batchllm.dataset.answer_cache import AnswerCache, check_cache
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
@@ -86,6 +86,8 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             raise JobError(
                 f"{job.source}: chunks: stored chunks are reused on the CPU only; set engine.device to cpu"
             )
+    if job.output.cache is not None:
+        check_cache(job.output.cache, job.source)
     with claim_output(job.output.path, identity, overwrite) as claim:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, claim.work_dir, stage)
@@ -175,7 +177,7 @@ def _answer_cache(
             f"output.cache is not used: answers with chunks.reuse: {job.chunks.reuse} depend on what the store holds"
         )
         return None
-    return AnswerCache(job.output.cache, prompts, requests, configuration)
+    return AnswerCache(job.output.cache, prompts, requests, configuration, progress.note)
 
 
 def _configuration(job: JobSpec) -> bytes:

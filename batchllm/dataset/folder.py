@@ -55,7 +55,7 @@ def check_output(path: Path, identity: str, overwrite: bool = False) -> bool:
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; output.path must name a folder")
-    _check_writable(path)
+    check_writable(path)
     folder = Folder(path)
     ours, foreign = _whose_parts(folder)
     if foreign:
@@ -95,7 +95,8 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises OutputError where this user can neither write into the folder nor make it. Writes nothing."""
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
