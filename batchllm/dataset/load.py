@@ -69,13 +69,14 @@ def validate_columns(job: JobSpec, schema: pa.Schema) -> None:
         if name not in schema.names:
             hint = column_hint(name, schema.names)
             raise JobError(f"{job.source}: {key}: there is no column `{name}`; {hint}")
-    has_samples = job.generate.n != 1
+    generate, has_samples = job.generate, job.generate.n != 1
+    shown = Logprobs(
+        generate.logprobs is not False, generate.top_logprobs != 0, generate.prompt_logprobs is not None
+    )
+    if job.score is not None:
+        shown = Logprobs(job.score.token_logprobs)
     try:
-        generate = job.generate
-        shown = Logprobs(
-            generate.logprobs is not False, generate.top_logprobs != 0, generate.prompt_logprobs is not None
-        )
-        check_kept_names(_kept_columns(job, schema), has_samples, shown)
+        check_kept_names(_kept_columns(job, schema), has_samples, shown, job.score is not None, job.input.id)
     except JobError as error:
         raise JobError(f"{job.source}: {error}") from None
     PromptPlan(job.prompt, schema, job.source, job.chunks.column if job.chunks else None)
