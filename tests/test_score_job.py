@@ -19,6 +19,7 @@ from batchllm.core import PromptTable, SamplingParams
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.results import ResultStore
 from batchllm.score_rows import ScoreRows
+from batchllm.scoring import TokenSpan, joined_tables, mixed_table
 from tests.jobs import exit_code_of, make_job, read_metrics, read_output
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -206,6 +207,24 @@ def test_rows_in_chunks_are_scored_as_in_one(
     np.testing.assert_allclose(found[1]["logprob"], found[0]["logprob"], atol=1e-4)
     np.testing.assert_allclose(found[2]["logprob"], found[0]["logprob"], atol=1e-4)
     assert found[1].drop("logprob", "shared_tokens").equals(found[0].drop("logprob", "shared_tokens"))
+
+
+def test_joined_tables_are_the_table_of_all() -> None:
+    spans = [
+        TokenSpan([1, 2, 3], 1),
+        TokenSpan([4, 99], 1),
+        TokenSpan([5, 6], 1),
+        TokenSpan([7, 8, 9, 98], 2),
+    ]
+    whole, scored = mixed_table(spans, 8, 50)
+    parts = [mixed_table(spans[start:end], 8, 50) for start, end in ((0, 1), (1, 1), (1, 3), (3, 4))]
+    joined, joined_scored = joined_tables(parts)
+    for field in ("tokens", "offsets", "params_of"):
+        np.testing.assert_array_equal(getattr(joined, field), getattr(whole, field))
+        assert getattr(joined, field).dtype == getattr(whole, field).dtype
+    assert (joined.params, joined.faults, sorted(joined.faults)) == (whole.params, whole.faults, [1, 3])
+    np.testing.assert_array_equal(joined_scored.first, scored.first)
+    np.testing.assert_array_equal(joined_scored.last, scored.last)
 
 
 def test_spans_take_little_memory() -> None:
