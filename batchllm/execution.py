@@ -35,6 +35,7 @@ from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.plan import PlanDraft, draft_plan
 from batchllm.planner.plan_file import write_plan
 from batchllm.planner.simulate import SimulationOptions
+from batchllm.report.planned_tokens import PlannedTokens
 from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch
 
@@ -259,7 +260,11 @@ def _run_engine(run: Execution, engine: Engine, plan: Plan, expected: NDArray[np
     run.engines.append(engine.stats)
     run.kv_token_bytes = model.backend.bytes_per_token(model.layers, model.dtype)
     run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
-    done = len(requests) - int(run.candidates.pending(run.store.done).sum())
+    pending = int(run.candidates.pending(run.store.done).sum())
+    done = len(requests) - pending
+    planned = PlannedTokens(plan.stats.planned_tokens, expected)
+    # A sample is not all that is left, and tokens taken from stored chunks are not computed.
+    is_foreseen = plan.stats.requests == pending and run.reuse is None
     with run.watch.time("run"), run.progress.stage("running", len(requests), done) as stage:
         for finished in engine.run():
             answers = answers_of(finished, plan, prompts, requests)
@@ -269,7 +274,8 @@ def _run_engine(run: Execution, engine: Engine, plan: Plan, expected: NDArray[np
                 run.add(answers)
             if run.sample is not None:
                 run.sample.see(answers)
-            _show(stage, done, engine, engine.pool.capacity, plan.stats)
+            planned.end(finished)
+            _show(stage, done, engine, plan.stats, planned.total if is_foreseen else None)
 
 
 def _compare_lengths(
@@ -299,11 +305,12 @@ def _forecast(
             return None
 
 
-def _show(stage: Stage, done: int, engine: Engine, kv_tokens: int, plan: PlanStats) -> None:
+def _show(stage: Stage, done: int, engine: Engine, plan: PlanStats, total_tokens: int | None) -> None:
     stage.update(
         rows_done=done,
         prompt_tokens_done=engine.stats.prompt_tokens_computed,
         output_tokens=engine.stats.output_tokens,
-        kv_used_fraction=engine.stats.kv_tokens_used / kv_tokens,
+        kv_used_fraction=engine.stats.kv_tokens_used / engine.pool.capacity,
         saved_fraction=1.0 - plan.planned_tokens / max(1, plan.prompt_tokens),
+        total_tokens=total_tokens,
     )

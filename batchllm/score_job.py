@@ -79,7 +79,9 @@ def run_score_job(
                     with watch.time("run"), progress.stage("scoring", len(requests), done) as stage:
                         for answers in spans.answers(run, job.score.token_logprobs, tokenizer):
                             store.add(answers)  # also none: those before may be old enough to be written
-                            stage.advance(len(answers), sum(answer.prompt_tokens for answer in answers))
+                            done += len(answers)
+                            planned = run.plan_stats.planned_tokens if run.plan_stats else None
+                            stage.update(done, run.computed_tokens, total_tokens=planned)
                 with watch.time("write"):
                     store.finish()
             except KeyboardInterrupt:

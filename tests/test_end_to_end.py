@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import batchllm
 from batchllm.executor.engine import Engine
+from batchllm.report.progress import Stage
 from tests.executor.test_model_folder import one_weight
 from tests.jobs import (
     KV_TOKEN_BYTES,
@@ -200,6 +201,25 @@ def test_more_samples_keep_those_already_there(model_folder: Path, tmp_path: Pat
     assert {key: three[key] for key in two} == two
     assert len(three) == 18
     assert read_metrics(tmp_path / "out")["rows_resumed"] == 12
+
+
+@pytest.mark.parametrize("engine", [{}, {"min_shared_tokens": 1000}])
+def test_the_tokens_of_a_run_come_to_what_was_foreseen(
+    model_folder: Path, tmp_path: Path, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+    update = Stage.update
+
+    def noted(self: Stage, *args: Any, **options: Any) -> None:
+        update(self, *args, **options)
+        seen.append((self.tokens, self.total_tokens))
+
+    monkeypatch.setattr(Stage, "update", noted)
+    run(make_job(tmp_path, model_folder, questions(ROWS), generate={"max_tokens": 9}, engine=engine))
+    metrics = read_metrics(tmp_path / "out")
+    computed = metrics["prompt_tokens_computed"] + metrics["output_tokens"]
+    assert seen[-1] == (computed, computed)
+    assert computed <= seen[0][1] <= metrics["prompt_tokens_computed"] + 9 * ROWS
 
 
 # ---- answers beside the input
