@@ -22,7 +22,8 @@ def run(
     """Runs a job file, or a job given as a mapping (paths then start at the working folder).
 
     `overrides` maps dotted keys to values: {"engine.kv_memory": "1GiB"}. Raises UserError when the job cannot
-    start. Failed rows do not raise: see `.metrics.rows_error` and the `error` column of `.table`.
+    start, and KeyboardInterrupt when Ctrl-C ended it early: what is finished is kept, and the same call goes on from
+    there. Failed rows do not raise: see `.metrics.rows_error` and the `error` column of `.table`.
     """
     from batchllm.pipeline import run_job
 
@@ -30,4 +31,7 @@ def run(
         spec = make_job(job, Path.cwd(), overrides=overrides or {})
     else:
         spec = load_job(job, overrides or {})
-    return run_job(spec, overwrite=overwrite, quiet=quiet)
+    summary = run_job(spec, overwrite=overwrite, quiet=quiet)
+    if summary.exit_code == 130:  # a script must not go on with a part of the table
+        raise KeyboardInterrupt
+    return summary

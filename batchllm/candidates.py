@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchllm.core import PromptTable, RequestResult, RequestTable
+from batchllm.core import PromptTable, RequestResult, RequestTable, SamplingParams
 from batchllm.dataset.keys import make_requests
 
 
@@ -26,12 +26,15 @@ class Candidates:
         self._owed, self._owed_params, self._params_of = requests, prompts.params, prompts.params_of
         self.prompts, self.requests = prompts, requests
         self._waiting: dict[int, list[RequestResult]] = {}  # row → candidates that are known
-        self._chooses = any(params.best_of > params.n for params in prompts.params)
+        self._chooses = any(map(_chooses, prompts.params))
         if self._chooses:
             more = tuple(replace(params, n=max(params.n, params.best_of)) for params in prompts.params)
             self.requests = make_requests(replace(prompts, params=more), ids, configuration)
-            weighed = tuple(replace(params, logprobs=True) if params.best_of else params for params in more)
-            self.prompts = replace(prompts, params=weighed)
+            weighed = (
+                replace(params, logprobs=True) if _chooses(owed) else params
+                for owed, params in zip(prompts.params, more)
+            )
+            self.prompts = replace(prompts, params=tuple(weighed))
             self._first_owed = np.searchsorted(requests.row, np.arange(prompts.num_rows))
 
     def pending(self, done: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -56,7 +59,7 @@ class Candidates:
                 continue
             del self._waiting[row]
             waiting.sort(key=lambda known: known.request)
-            if params.best_of:
+            if _chooses(params):
                 waiting.sort(key=_mean_logprob, reverse=True)
             first = int(self._first_owed[row])
             for request, known in enumerate(waiting[: params.n], start=first):
@@ -64,6 +67,11 @@ class Candidates:
                     shown = known.logprobs if params.logprobs else None
                     settled.append(replace(known, request=request, logprobs=shown))
         return settled
+
+
+def _chooses(params: SamplingParams) -> bool:
+    """Else a row's answers stay in their order, also beside rows whose best are chosen."""
+    return params.best_of > params.n
 
 
 def _mean_logprob(result: RequestResult) -> float:

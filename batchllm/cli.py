@@ -50,7 +50,8 @@ _set_option = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a value of the job file, for example engine.kv_memory=1GiB. Can be given many times.",
+    help="Override a value of the job file, for example engine.kv_memory=1GiB. Can be given many times. "
+    "A relative path starts at the job file's folder.",
 )
 
 

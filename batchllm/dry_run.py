@@ -68,7 +68,7 @@ def explain_job(
         check_model_folder(job.model.path, job.model.trust_remote_code, need_weights=False)
         config, limit = load_config(job.model.path, job.model.trust_remote_code)
         tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
-        data = open_input(job.input, job.source)
+        data = open_input(job.input, job.source, job.output.folders)
         validate_columns(job, data.schema)
     resume_collection()
     text_config, dtype = config.get_text_config(), _dtype(job, config)

@@ -17,7 +17,10 @@ from batchllm.errors import OutputError
 
 
 class WriteFailed(OutputError):
-    """The disk is full or refuses to be written. What was finished before stays as it was."""
+    """The disk is full, refuses to be written or lost what was. What was finished before stays as it was.
+
+    It ends a run that has begun, so the command exits with 1, not with 2.
+    """
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from batchllm.core import (
     SequenceResult,
 )
 from batchllm.dataset.answer_cache import AnswerCache
-from batchllm.dataset.parts import parquet_files
+from batchllm.dataset.claim import Claim
 from batchllm.dataset.results import ResultStore
+from batchllm.dataset.resume import answered_before
 from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
 from batchllm.history import PastLengths, own_lengths, teach
@@ -34,6 +35,7 @@ from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.plan import PlanDraft, draft_plan
 from batchllm.planner.plan_file import write_plan
 from batchllm.planner.simulate import SimulationOptions
+from batchllm.report.planned_tokens import PlannedTokens
 from batchllm.report.progress import Progress, Stage
 from batchllm.report.stopwatch import Stopwatch
 
@@ -184,17 +186,21 @@ def _first(draft: PlanDraft, sample_rows: int | None) -> NDArray[np.bool_] | Non
 
 
 def load_before_opening(
-    job: JobSpec, prompts: PromptTable, overwrite: bool, watch: Stopwatch, placement: Placement
+    job: JobSpec,
+    prompts: PromptTable,
+    requests: RequestTable,
+    claim: Claim,
+    watch: Stopwatch,
+    placement: Placement,
 ) -> LoadedModel | None:
-    """The model, if the job's folder is a new one and there are prompts to answer.
+    """The model, if there are prompts to answer. None where every answer is in the folder already.
 
-    When it turns out not to run, nothing may be left in a new folder and nothing of another job's results may be lost,
-    so then it is loaded first.
+    When it turns out not to run, the folder must be as it was: nothing left in a new one, no answers set aside or
+    removed in another. So it is loaded before the folder is opened.
     """
-    is_new = overwrite or not parquet_files(job.output.path)
-    if not is_new or len(prompts.faults) == prompts.num_rows:
-        return None
-    return load_checked_model(job, watch, placement)
+    faulty = np.isin(requests.row, np.fromiter(prompts.faults, dtype=np.int64, count=len(prompts.faults)))
+    answered = faulty if claim.replaces else faulty | answered_before(claim.folder, requests)
+    return None if answered.all() else load_checked_model(job, watch, placement)
 
 
 def load_checked_model(job: JobSpec, watch: Stopwatch, placement: Placement) -> LoadedModel:
@@ -254,7 +260,11 @@ def _run_engine(run: Execution, engine: Engine, plan: Plan, expected: NDArray[np
     run.engines.append(engine.stats)
     run.kv_token_bytes = model.backend.bytes_per_token(model.layers, model.dtype)
     run.kv_budget_bytes = kv_tokens * run.kv_token_bytes
-    done = len(requests) - int(run.candidates.pending(run.store.done).sum())
+    pending = int(run.candidates.pending(run.store.done).sum())
+    done = len(requests) - pending
+    planned = PlannedTokens(plan.stats.planned_tokens, expected)
+    # A sample is not all that is left, and tokens taken from stored chunks are not computed.
+    is_foreseen = plan.stats.requests == pending and run.reuse is None
     with run.watch.time("run"), run.progress.stage("running", len(requests), done) as stage:
         for finished in engine.run():
             answers = answers_of(finished, plan, prompts, requests)
@@ -264,7 +274,8 @@ def _run_engine(run: Execution, engine: Engine, plan: Plan, expected: NDArray[np
                 run.add(answers)
             if run.sample is not None:
                 run.sample.see(answers)
-            _show(stage, done, engine, engine.pool.capacity, plan.stats)
+            planned.end(finished)
+            _show(stage, done, engine, plan.stats, planned.total if is_foreseen else None)
 
 
 def _compare_lengths(
@@ -294,11 +305,12 @@ def _forecast(
             return None
 
 
-def _show(stage: Stage, done: int, engine: Engine, kv_tokens: int, plan: PlanStats) -> None:
+def _show(stage: Stage, done: int, engine: Engine, plan: PlanStats, total_tokens: int | None) -> None:
     stage.update(
         rows_done=done,
         prompt_tokens_done=engine.stats.prompt_tokens_computed,
         output_tokens=engine.stats.output_tokens,
-        kv_used_fraction=engine.stats.kv_tokens_used / kv_tokens,
+        kv_used_fraction=engine.stats.kv_tokens_used / engine.pool.capacity,
         saved_fraction=1.0 - plan.planned_tokens / max(1, plan.prompt_tokens),
+        total_tokens=total_tokens,
     )

@@ -6,7 +6,7 @@
               and reorder: what of it may stand in any order
     generate: {max_tokens, temperature, ...}          each a value or {column: NAME}
     score:    {continuation, choices, rolling, token_logprobs}     in place of generate
-    output:   {path, keep, part_rows, flush_seconds}
+    output:   {path, keep, part_rows, flush_seconds, cache}
     engine:   {device, kv_memory, max_step_tokens, order, workers, min_shared_tokens}
     plan:     {history, sample_rows}
     chunks:   {column, store, reuse, ...}              passages whose KV is reused

@@ -70,8 +70,10 @@ def complaint(error: ErrorDetails) -> str:
     if kind in _EXPECTED:
         return f"must be {_EXPECTED[kind]}, found {describe(error['input'])}"
     if kind in _BOUNDS:
-        words, bound = _BOUNDS[kind]
-        return f"must be {words} {context[bound]:g}, found {describe(error['input'])}"
+        words, key = _BOUNDS[kind]
+        bound = context[key]
+        limit = f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+        return f"must be {words} {limit}, found {describe(error['input'])}"
     if kind == "literal_error":
         options = str(context["expected"]).replace("'", "")
         return f"must be {options}, found {describe(error['input'])}"

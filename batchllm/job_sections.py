@@ -24,6 +24,7 @@ from batchllm.job_values import (
     LogitBias,
     MinP,
     OneWorker,
+    PartRows,
     PathText,
     Pattern,
     Penalty,
@@ -224,9 +225,14 @@ class InvalidParam(ValueError):
 class OutputSpec(Section):
     path: Path  # absolute
     keep: KeptColumns = ()
-    part_rows: Count = 10_000
+    part_rows: PartRows = 10_000
     flush_seconds: Seconds = 10.0
     cache: Path | None = None  # absolute: a folder of answers that jobs share
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where answers are written."""
+        return (self.path,) if self.cache is None else (self.path, self.cache)
 
 
 class EngineSpec(Section):

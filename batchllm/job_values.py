@@ -16,6 +16,7 @@ from batchllm.job_errors import describe
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
 _MOST_LOGPROBS = 100  # beside each token
+MAX_PART_ROWS = 1_000_000  # the keys of a part's rows lie in its footer, which every reader loads whole
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
@@ -158,6 +159,7 @@ Text = Annotated[str, Field(strict=True, min_length=1)]
 PathText = Annotated[str, BeforeValidator(_path_text), Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MAX_INT32)]
+PartRows = Annotated[int, Field(strict=True, ge=1, le=MAX_PART_ROWS)]
 CountOrNone = Annotated[int, Field(strict=True, ge=0, le=_MAX_INT32)]
 Temperature = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 TopP = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]

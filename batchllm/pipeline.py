@@ -11,7 +11,7 @@ from batchllm.candidates import Candidates
 from batchllm.chunkcache.store_opening import check_store
 from batchllm.collection import resume_collection
 from batchllm.core import PromptTable, RequestTable
-from batchllm.dataset.answer_cache import AnswerCache
+from batchllm.dataset.answer_cache import AnswerCache, check_cache
 from batchllm.dataset.columns import Logprobs
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import load_rows, validate_columns
@@ -77,7 +77,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
         figures = run_score_job(job, config, limit, placement, overwrite=overwrite, quiet=quiet)
         return _summary_of(job.output.path, *figures)
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
-    data = open_input(job.input, job.source)
+    data = open_input(job.input, job.source, job.output.folders)
     validate_columns(job, data.schema)
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
     if job.chunks is not None and job.chunks.reuse != "off":
@@ -86,6 +86,8 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             raise JobError(
                 f"{job.source}: chunks: stored chunks are reused on the CPU only; set engine.device to cpu"
             )
+    if job.output.cache is not None:
+        check_cache(job.output.cache, job.source)
     with claim_output(job.output.path, identity, overwrite) as claim:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, claim.work_dir, stage)
@@ -97,7 +99,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         configuration = _configuration(job)
         requests = make_requests(prompts, rows.ids, configuration)
-        model = load_before_opening(job, prompts, overwrite, watch, placement)
+        model = load_before_opening(job, prompts, requests, claim, watch, placement)
         candidates = Candidates(prompts, requests, rows.ids, configuration)
         with ResultStore.open(
             job.output.path,
@@ -106,11 +108,10 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             rows.kept,
             configuration=configuration,
             logprobs=Logprobs.asked_for(prompts.params),
-            fault_rows=prompts.faults.keys(),
+            faults=prompts.faults,
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
-            overwrite=overwrite,
             claim=claim,
         ) as store:
             run = Execution(
@@ -176,7 +177,7 @@ def _answer_cache(
             f"output.cache is not used: answers with chunks.reuse: {job.chunks.reuse} depend on what the store holds"
         )
         return None
-    return AnswerCache(job.output.cache, prompts, requests, configuration)
+    return AnswerCache(job.output.cache, prompts, requests, configuration, progress.note)
 
 
 def _configuration(job: JobSpec) -> bytes:
@@ -215,6 +216,7 @@ def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSum
     metrics = RunMetrics(
         rows_ok=int(store.done.sum()) - store.num_errors,
         rows_error=store.num_errors,
+        errors=store.errors.commonest(),
         rows_resumed=store.num_resumed,
         prompt_tokens=sum(plan.prompt_tokens for plan in run.plans),
         prompt_tokens_computed=sum(stats.prompt_tokens_computed for stats in engines),

@@ -24,12 +24,13 @@ from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
 from batchllm.score_rows import ScoreRows, check_score_job, load_score_rows, score_input
-from batchllm.scoring import Score, mixed_table, prefix_token
+from batchllm.scoring import Score, TokenSpan, joined_tables, mixed_table, prefix_token
 
 if TYPE_CHECKING:
     from batchllm.executor.model import ModelRunner
     from batchllm.table_run import TableRun
 
+_CHUNK_TOKENS = 1 << 20
 _LENGTH_UNKNOWN = 2048  # of a model that does not state how much it reads, as in lm-evaluation-harness
 
 
@@ -42,7 +43,7 @@ def run_score_job(
     progress, watch = Progress(quiet=quiet), Stopwatch()
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     prefix = _prefix_token(tokenizer, job)
-    data = score_input(job, open_input(job.input, job.source))
+    data = score_input(job, open_input(job.input, job.source, job.output.folders))
     text_config = config.get_text_config()
     max_length = getattr(text_config, "max_position_embeddings", None) or _LENGTH_UNKNOWN
     identity = json.dumps({"input": job.input.path, "format": job.input.format, "score": True})
@@ -52,7 +53,7 @@ def run_score_job(
         check_lengths(limit, _longest(rows, max_length), config.model_type)
         configuration = _configuration(job, prefix, max_length)
         requests = make_requests(rows.prompts, rows.ids, configuration)
-        loaded = load_before_opening(job, rows.prompts, overwrite, watch, placement)
+        loaded = load_before_opening(job, rows.prompts, requests, claim, watch, placement)
         with ResultStore.open(
             job.output.path,
             identity,
@@ -61,11 +62,10 @@ def run_score_job(
             configuration=configuration,
             logprobs=Logprobs(job.score.token_logprobs),
             scores=True,
-            fault_rows=rows.prompts.faults.keys(),
+            faults=rows.prompts.faults,
             part_rows=job.output.part_rows,
             flush_seconds=job.output.flush_seconds,
             resolved_job=job.resolved(),
-            overwrite=overwrite,
             claim=claim,
         ) as store:
             store.add(faults_of(~store.done, rows.prompts, requests))
@@ -73,13 +73,15 @@ def run_score_job(
             try:
                 if not store.done.all():
                     model = (loaded or load_checked_model(job, watch, placement)).model
-                    spans = _Spans(rows, requests, ~store.done, prefix, max_length)
+                    spans = _Spans(rows, requests, ~store.done, prefix, max_length, model.vocab_size)
                     run = _table_run(model, tokenizer, spans, job)
                     done = int(store.done.sum())
                     with watch.time("run"), progress.stage("scoring", len(requests), done) as stage:
-                        for answer in spans.answers(run, job.score.token_logprobs, tokenizer):
-                            store.add([answer])
-                            stage.advance(1, answer.prompt_tokens)
+                        for answers in spans.answers(run, job.score.token_logprobs, tokenizer):
+                            store.add(answers)  # also none: those before may be old enough to be written
+                            done += len(answers)
+                            planned = run.plan_stats.planned_tokens if run.plan_stats else None
+                            stage.update(done, run.computed_tokens, total_tokens=planned)
                 with watch.time("write"):
                     store.finish()
             except KeyboardInterrupt:
@@ -91,70 +93,93 @@ def run_score_job(
 
 
 class _Spans:
-    """Everything to be scored as one table: a row of it for each pair, and for each window of a document."""
+    """Everything to be scored as one table: a row of it for each pair, and for each window of a document.
+
+    Tokens are Python numbers for one chunk of rows at a time, and again for a row whose scores are put together.
+    """
 
     def __init__(
-        self, rows: ScoreRows, requests: RequestTable, pending: np.ndarray, prefix: int, max_length: int
+        self,
+        rows: ScoreRows,
+        requests: RequestTable,
+        pending: np.ndarray,
+        prefix: int,
+        max_length: int,
+        vocabulary: int,
     ):
+        self._rows, self._row_of, self._prefix, self._max_length = rows, requests.row, prefix, max_length
         self.requests = np.flatnonzero(pending)
-        self._of_request = [
-            rows.spans(int(requests.row[request]), prefix, max_length) for request in self.requests
-        ]
-        self.owner = np.repeat(np.arange(len(self.requests)), [len(spans) for spans in self._of_request])
-        self.items = [span for spans in self._of_request for span in spans]
-        self.max_length = max_length
+        tables, counts = [], []
+        tokens = np.diff(rows.prompts.offsets)[self._row_of[self.requests]]
+        cuts = 1 + np.flatnonzero(np.diff(np.cumsum(tokens) // _CHUNK_TOKENS))
+        for requests_of_chunk in np.split(self.requests, cuts):
+            chunk = [self._spans_of(request) for request in requests_of_chunk.tolist()]
+            tables.append(mixed_table([span for spans in chunk for span in spans], max_length, vocabulary))
+            counts += [len(spans) for spans in chunk]
+        self.table, self.scored = joined_tables(tables)
+        self._owner = np.repeat(np.arange(len(self.requests)), counts)
+        self._first = np.cumsum([0, *counts])
 
-    def answers(self, run: TableRun, token_logprobs: bool, tokenizer: Any) -> Iterator[RequestResult]:
-        """The answer of each request, as soon as all its spans are scored."""
-        first = np.searchsorted(self.owner, np.arange(len(self.requests)))
-        missing = [len(spans) for spans in self._of_request]
+    def answers(self, run: TableRun, token_logprobs: bool, tokenizer: Any) -> Iterator[list[RequestResult]]:
+        """After every step of the run the answers to requests of which it scored the last span."""
+        missing = np.diff(self._first)
         errors: dict[int, str] = {}
         shared = np.zeros(len(self.requests), dtype=np.int64)
-        for result in run.results():
-            owner = int(self.owner[result.request])
-            missing[owner] -= 1
-            shared[owner] += result.shared_tokens
-            if result.error is not None:
-                errors[owner] = result.error
-            if missing[owner]:
-                continue
-            spans = self._of_request[owner]
-            read = sum(span.first for span in spans)
-            request = int(self.requests[owner])
-            if owner in errors:
-                yield RequestResult(request, None, (), "error", errors[owner], read, 0)
-                continue
-            begin = int(first[owner])
-            score = Score.joined(
-                [
-                    Score(tuple(span.tokens[span.first :]), *run.score(begin + number))
-                    for number, span in enumerate(spans)
-                ]
-            )
-            yield RequestResult(
-                request,
-                tokenizer.decode(list(score.token_ids), skip_special_tokens=False),
-                score.token_ids,
-                "scored",
-                None,
-                read,
-                int(min(shared[owner], read)),
-                tuple(score.token_logprobs.tolist()) if token_logprobs else None,
-                score.logprob,
-                score.is_greedy,
-            )
+        for results in run.steps():
+            complete = []
+            for result in results:
+                owner = int(self._owner[result.request])
+                missing[owner] -= 1
+                shared[owner] += result.shared_tokens
+                if result.error is not None:
+                    errors[owner] = result.error
+                if not missing[owner]:
+                    complete.append(owner)
+            yield [
+                self._answer(owner, run, errors.get(owner), int(shared[owner]), token_logprobs, tokenizer)
+                for owner in complete
+            ]
+
+    def _answer(
+        self, owner: int, run: TableRun, error: str | None, shared: int, token_logprobs: bool, tokenizer: Any
+    ) -> RequestResult:
+        request, begin = int(self.requests[owner]), int(self._first[owner])
+        spans = self._spans_of(request)
+        read = sum(span.first for span in spans)
+        if error is not None:
+            return RequestResult(request, None, (), "error", error, read, 0)
+        score = Score.joined(
+            [
+                Score(tuple(span.tokens[span.first :]), *run.score(begin + number))
+                for number, span in enumerate(spans)
+            ]
+        )
+        return RequestResult(
+            request,
+            tokenizer.decode(list(score.token_ids), skip_special_tokens=False),
+            score.token_ids,
+            "scored",
+            None,
+            read,
+            min(shared, read),
+            tuple(score.token_logprobs.tolist()) if token_logprobs else None,
+            score.logprob,
+            score.is_greedy,
+        )
+
+    def _spans_of(self, request: int) -> list[TokenSpan]:
+        return self._rows.spans(int(self._row_of[request]), self._prefix, self._max_length)
 
 
 def _table_run(model: ModelRunner, tokenizer: Any, spans: _Spans, job: JobSpec) -> TableRun:
     from batchllm.planner.plan import PlanOptions
     from batchllm.table_run import RunOptions, TableRun
 
-    table, scored = mixed_table(spans.items, spans.max_length, model.vocab_size)
-    requests = make_requests(table, None, b"")
+    requests = make_requests(spans.table, None, b"")
     shared = job.engine.min_shared_tokens
     plan = PlanOptions() if isinstance(shared, str) else PlanOptions(min_shared_tokens=shared)
     options = RunOptions(job.engine.kv_memory, job.engine.max_step_tokens, plan)
-    return TableRun(model, tokenizer, table, requests, options, scored)
+    return TableRun(model, tokenizer, spans.table, requests, options, spans.scored)
 
 
 def _prefix_token(tokenizer: Any, job: JobSpec) -> int:
@@ -190,6 +215,7 @@ def _metrics(store: ResultStore, watch: Stopwatch, run: TableRun | None) -> RunM
     return RunMetrics(
         rows_ok=int(store.done.sum()) - store.num_errors,
         rows_error=store.num_errors,
+        errors=store.errors.commonest(),
         rows_resumed=store.num_resumed,
         prompt_tokens=plan.prompt_tokens if plan else 0,
         prompt_tokens_computed=stats.prompt_tokens_computed if stats else 0,

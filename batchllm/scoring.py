@@ -198,6 +198,24 @@ def mixed_table(
     return table, ScoreTable(np.array(first, dtype=np.int64), np.array(last, dtype=np.int32))
 
 
+def joined_tables(parts: Sequence[tuple[PromptTable, ScoreTable]]) -> tuple[PromptTable, ScoreTable]:
+    """Tables of texts to score, which `mixed_table` made, one after another as one."""
+    empty = mixed_table([], None, 0)
+    tables, scored = zip(empty, *parts)
+    first_row = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
+    lengths = np.concatenate([np.diff(table.offsets) for table in tables])
+    table = PromptTable(
+        np.concatenate([table.tokens for table in tables]),
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        (_SCORED,),
+        np.zeros(len(lengths), dtype=np.int32),
+        {start + row: why for start, table in zip(first_row, tables) for row, why in table.faults.items()},
+    )
+    return table, ScoreTable(
+        np.concatenate([one.first for one in scored]), np.concatenate([one.last for one in scored])
+    )
+
+
 def span_fault(span: TokenSpan, max_length: int | None, vocabulary: int) -> str | None:
     """Why the model cannot score a span."""
     if not 1 <= span.first < len(span.tokens):

@@ -32,7 +32,7 @@ class RunOptions:
 
 
 class TableRun:
-    """`results` answers every request once; `score` is for rows whose request has been answered without an error."""
+    """`results`, or `steps`, answers every request once; `score` is for rows that were answered without an error."""
 
     def __init__(
         self,
@@ -64,12 +64,17 @@ class TableRun:
         return self.plan_stats.prompt_tokens if self.plan_stats else 0
 
     def results(self) -> Iterator[RequestResult]:
+        for answers in self.steps():
+            yield from answers
+
+    def steps(self) -> Iterator[list[RequestResult]]:
+        """The results as they come: what there is beforehand, and then a list, which may be empty, for every step."""
         prompts, requests = self._prompts, self._requests
         pending = np.ones(len(requests), dtype=bool)
-        yield from faults_of(pending, prompts, requests)
+        yield faults_of(pending, prompts, requests)
         kv_tokens = kv_token_budget(self._model, self._options.kv_memory, self._options.max_step_tokens)
         hopeless, reason = too_long(prompts, requests, pending, kv_tokens)
-        yield from (error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless))
+        yield [error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)]
         plan = build_plan(prompts, requests, pending & ~hopeless, self._options.plan)
         if not plan.num_sequences:
             return
@@ -93,7 +98,7 @@ class TableRun:
         self.kv_budget_bytes = kv_tokens * token_bytes
         for finished in engine.run():
             self.kv_peak_bytes = engine.stats.kv_tokens_peak * token_bytes
-            yield from answers_of(finished, plan, prompts, requests)
+            yield answers_of(finished, plan, prompts, requests)
 
     def score(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """(log-probability, whether no token is more probable) of each scored token of a row, in order."""

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from batchllm.dataset import answer_cache
 from tests.jobs import exit_code_of, make_job, questions, read_metrics, read_output, save_model
 
 
@@ -64,6 +65,39 @@ def test_damaged_files_are_passed_over(tmp_path: Path, model: Path) -> None:
         path.write_bytes(path.read_bytes()[:50])
     found, again = run(tmp_path / "b", model, rows, cache)
     assert again == decoded and found["output"].to_list() == expected["output"].to_list()
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_at_once(
+    tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    job = make_job(tmp_path / "a", model, questions(4), output={"cache": str(tmp_path / "file" / "cache")})
+    assert exit_code_of("run", job, "--quiet") == 2
+    assert f"error: {job}: output.cache: {tmp_path}/file/cache: cannot be written" in capfd.readouterr().err
+    assert not (tmp_path / "a" / "out").exists()
+
+
+def test_a_full_disk_under_the_cache_costs_only_the_cache(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(table: Any, path: Path, **_: Any) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    cache = tmp_path / "cache"
+    job = make_job(tmp_path / "a", model, questions(12), output={"cache": str(cache)})
+    monkeypatch.setattr(answer_cache, "_FILE_ROWS", 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(answer_cache.pq, "write_table", full)
+        # Parts have a writer of their own; the plan is written with this function.
+        patched.setattr("batchllm.execution.write_plan", lambda *_: None)
+        assert exit_code_of("run", job) == 0
+    notes = [line for line in capfd.readouterr().err.splitlines() if "output.cache" in line]
+    assert notes == [
+        f"output.cache: {cache} cannot be written (No space left on device), so answers are not kept there"
+    ]
+    assert len(read_output(tmp_path / "a" / "out")) == 12
+    assert list(cache.iterdir()) == []
 
 
 def test_equal_rows_are_computed_once_when_greedy(tmp_path: Path, model: Path) -> None:

@@ -27,6 +27,7 @@ from tests.jobs import (
     read_metrics,
     read_output,
     save_model,
+    texts,
 )
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -129,10 +130,14 @@ def test_token_that_the_model_does_not_know(tmp_path: Path) -> None:
 
 def test_everything_at_once_and_again(model_folder: Path, tmp_path: Path) -> None:
     prompts = [None, "", "x" * 600, "fine"]
-    bad = run_rows(tmp_path, model_folder, prompts)
+    bad = run_rows(tmp_path, model_folder, [*prompts, "y" * 700])
     assert bad["finish_reason"].to_list()[:3] == ["error"] * 3
+    reasons = read_metrics(tmp_path / "out")["errors"]
+    assert sorted(reasons.values()) == [1, 1, 2]
+    assert max(reasons, key=reasons.__getitem__) == bad["error"][2], "two that differ in a number are one"
     assert exit_code_of("run", tmp_path / "job.yaml", "--quiet") == 3, "errors stay errors"
-    assert len(read_output(tmp_path / "out")) == 6
+    assert read_metrics(tmp_path / "out")["errors"] == reasons
+    assert len(read_output(tmp_path / "out")) == 7
 
 
 def test_only_bad_rows_need_no_model(model_folder: Path, tmp_path: Path) -> None:
@@ -226,6 +231,19 @@ def test_a_model_that_fails_the_parity_check(
     assert "differ from transformers' own" in refused(make_job(tmp_path, model_folder, questions(2)), capfd)
 
 
+@pytest.mark.parametrize("change", ["model.path=../other", "generate.max_tokens=3"])
+def test_a_changed_job_whose_model_cannot_run_leaves_the_results_alone(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    save_model(tmp_path / "other", seed=1)
+    job, out = make_job(tmp_path / "job", model_folder, questions(5)), tmp_path / "job" / "out"
+    assert exit_code_of("run", job, "--quiet") == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(attention_cpu, "add_product", lambda *args: None)
+    assert exit_code_of("run", job, "--quiet", "--set", change) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_kv_memory_that_holds_no_token(
     model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +264,47 @@ def test_the_results_of_another_job(
     assert read_output(tmp_path / "out").equals(before)
     assert exit_code_of("run", other, "--quiet", "--overwrite") == 0
     assert read_output(tmp_path / "out")["id"].to_list() == ["row-0", "row-1"]
+
+
+ORIGINAL_OPEN, ORIGINAL_FILE = Path.open, pa.OSFile
+
+
+def opened_full(path: Path, *how: Any, **options: Any) -> Any:
+    return ORIGINAL_OPEN(Path("/dev/full") if path.name == "prompts.tokens" else path, *how, **options)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("file", "call", "on_a_full_disk"),
+    [
+        ("work/prompts.tokens", "pathlib.Path.open", opened_full),
+        ("work/prompts.tokens", "batchllm.dataset.tokens.np.save", refuse),
+        ("work/kept.arrow", "batchllm.dataset.load.pa.OSFile", lambda *_: ORIGINAL_FILE("/dev/full", "wb")),
+        ("plan.parquet", "batchllm.planner.plan_file.pq.write_table", refuse),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_the_next_run_finishes(
+    model_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    call: str,
+    on_a_full_disk: Any,
+) -> None:
+    job, out = make_job(tmp_path, model_folder, questions(6)), tmp_path / "out"
+    with monkeypatch.context() as full:
+        full.setattr(call, on_a_full_disk)
+        assert exit_code_of("run", job, "--quiet") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out / '_run' / file}: cannot be written (No space left on device)")
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert exit_code_of("run", job, "--quiet") == 0
+    assert len(texts(out)) == 6
 
 
 def test_a_fault_of_ours_is_told_apart(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 import batchllm
+from batchllm.executor.engine import Engine
+from batchllm.report.progress import Stage
 from tests.executor.test_model_folder import one_weight
 from tests.jobs import (
     KV_TOKEN_BYTES,
@@ -96,6 +99,25 @@ def test_the_python_call(model_folder: Path, tmp_path: Path) -> None:
     assert table["id"].to_list() == [f"row-{number}" for number in range(6)]
     assert table["output_tokens"].list.len().max() <= 3
     assert (result.exit_code, result.metrics.rows_ok) == (0, 6)
+
+
+def test_ctrl_c_stops_the_script_that_called(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, model_folder, questions(6), engine={"max_step_tokens": 16})
+
+    def interrupted(engine: Engine, original: Any = Engine.run) -> Iterator[list[Any]]:
+        for finished in original(engine):
+            yield finished
+            if finished:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batchllm.run(job, quiet=True)
+    assert 0 < len(texts(tmp_path / "out")) < 6
+    assert batchllm.run(job, quiet=True).metrics.rows_ok == 6
 
 
 # ---- the schedule changes nothing
@@ -181,6 +203,46 @@ def test_more_samples_keep_those_already_there(model_folder: Path, tmp_path: Pat
     assert read_metrics(tmp_path / "out")["rows_resumed"] == 12
 
 
+@pytest.mark.parametrize("engine", [{}, {"min_shared_tokens": 1000}])
+def test_the_tokens_of_a_run_come_to_what_was_foreseen(
+    model_folder: Path, tmp_path: Path, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+    update = Stage.update
+
+    def noted(self: Stage, *args: Any, **options: Any) -> None:
+        update(self, *args, **options)
+        seen.append((self.tokens, self.total_tokens))
+
+    monkeypatch.setattr(Stage, "update", noted)
+    run(make_job(tmp_path, model_folder, questions(ROWS), generate={"max_tokens": 9}, engine=engine))
+    metrics = read_metrics(tmp_path / "out")
+    computed = metrics["prompt_tokens_computed"] + metrics["output_tokens"]
+    assert seen[-1] == (computed, computed)
+    assert computed <= seen[0][1] <= metrics["prompt_tokens_computed"] + 9 * ROWS
+
+
+# ---- answers beside the input
+
+
+@pytest.mark.parametrize("path", ["data", "data/**", "."])
+@pytest.mark.parametrize("format", ["parquet", "ndjson", "csv"])
+def test_answers_inside_the_input_folder_are_no_input(
+    model_folder: Path, tmp_path: Path, format: str, path: str
+) -> None:
+    expected = run(make_job(tmp_path / "apart", model_folder, questions(6)))
+    output = {"path": "data/answers", "cache": "data/cache"}
+    job = make_job(tmp_path / "job", model_folder, questions(6), input={"path": path}, output=output)
+    (tmp_path / "job" / "rows.parquet").unlink()
+    (tmp_path / "job" / "data").mkdir()
+    getattr(pl.DataFrame(questions(6)), f"write_{format}")(tmp_path / f"job/data/rows.{format}")
+    for arguments, count in ((["--limit", 3], 3), ([], 6), ([], 6)):
+        assert exit_code_of("run", job, "--quiet", *arguments) == 0
+        assert texts(tmp_path / "job" / "data" / "answers") == dict([*expected.items()][:count])
+    assert read_metrics(tmp_path / "job" / "data" / "answers")["rows_resumed"] == 6
+    assert exit_code_of("plan", job, "--quiet") == 0
+
+
 # ---- what changes between runs into the same folder
 
 
@@ -264,6 +326,22 @@ def test_nothing_changed_nothing_is_said_or_computed(
     run(job)
     assert "no longer match" not in notes_of(job, capfd)
     assert read_metrics(tmp_path / "out")["prompt_tokens_computed"] == 0
+
+
+@pytest.mark.parametrize("detour", [["--limit", 3], ["--set", "generate.max_tokens=3"]])
+def test_the_way_back_from_a_detour_costs_nothing(
+    model_folder: Path, tmp_path: Path, detour: list[Any]
+) -> None:
+    job = make_job(tmp_path, model_folder, questions(ROWS))
+    answers = run(job)
+    there = run(job, *detour)
+    assert len(there) == (3 if "--limit" in detour else ROWS)
+    assert run(job) == answers
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics["rows_resumed"] == ROWS
+    assert "load" not in metrics["seconds"], "the model is not needed"
+    assert run(job, *detour) == there
+    assert "load" not in read_metrics(tmp_path / "out")["seconds"]
 
 
 @pytest.mark.parametrize("engine", [{"max_step_tokens": 9}, {"kv_memory": "1MiB"}, {"order": "input"}])

@@ -138,6 +138,10 @@ def test_job_cannot_be_changed(tmp_path: Path) -> None:
         ),
         (job_with(generate={"top_p": 0}), "generate.top_p must be greater than 0, found the number 0"),
         (job_with(generate={"top_p": 1.5}), "generate.top_p must be at most 1, found the number 1.5"),
+        (
+            job_with(output={"path": "out", "part_rows": 1_000_001}),
+            "output.part_rows must be at most 1,000,000, found the number 1000001",
+        ),
         (job_with(generate={"seed": -1}), "generate.seed must be at least 0, found the number -1"),
         (job_with(generate={"stop": [""]}), "generate.stop must not contain an empty text"),
         (job_with(generate={"stop": 3}), "generate.stop must be text or a list of texts, found the number 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,21 @@ def test_candidates_are_ranked_when_all_of_a_row_are_known() -> None:
         result = RequestResult(request, str(request), (request,), reason, None, 2, 0, logprobs)
         settled.append([(one.request, one.output, one.logprobs) for one in candidates.settle([result], done)])
     assert settled == [[], [], [], [(0, "1", None), (1, "3", None)], [], [], [], [(2, "6", None)]]
+
+
+def test_rows_that_choose_do_not_reorder_those_that_have_nothing_to_choose() -> None:
+    chooses, all_stay = (CoreParams(temperature=1.0, n=2, best_of=best_of) for best_of in (4, 2))
+    prompts = prompt_table([[1, 2], [3, 4]], chooses)
+    prompts = replace(prompts, params=(chooses, all_stay), params_of=np.array([0, 1], dtype=np.int32))
+    candidates = Candidates(prompts, request_table(2, 2), None, b"")
+    assert len(candidates.requests) == 6
+    assert [params.logprobs for params in candidates.prompts.params] == [True, False]
+    results = [
+        RequestResult(request, str(request), (request,), "stop", None, 2, 0, (float(request),))
+        for request in range(6)
+    ]
+    settled = candidates.settle(results, np.zeros(4, dtype=bool))
+    assert [(one.request, one.output) for one in settled] == [(0, "3"), (1, "2"), (2, "4"), (3, "5")]
 
 
 def test_top_logprobs_hold_the_token_that_greedy_takes(llm: batchllm.LLM) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from batchllm import score_job as score_job_module
+from batchllm.core import PromptTable, SamplingParams
+from batchllm.dataset.keys import make_requests
+from batchllm.dataset.results import ResultStore
+from batchllm.score_rows import ScoreRows
+from batchllm.scoring import TokenSpan, joined_tables, mixed_table
 from tests.jobs import exit_code_of, make_job, read_metrics, read_output
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -152,8 +160,6 @@ def test_bad_rows_say_why_and_the_others_are_scored_once(model_folder: Path, tmp
 def test_an_interrupted_job_goes_on(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchllm.dataset.results import ResultStore
-
     job = score_job(
         tmp_path,
         model_folder,
@@ -165,18 +171,120 @@ def test_an_interrupted_job_goes_on(
 
     def interrupt(self: ResultStore, results: Any) -> None:
         add(self, results)
-        if self.done.sum() == 20:
+        if self.done.sum() >= 20:
+            answered.append(int(self.done.sum()))
             raise KeyboardInterrupt
 
+    answered: list[int] = []
     with monkeypatch.context() as patched:
         patched.setattr(ResultStore, "add", interrupt)
         assert exit_code_of("run", str(job), "--quiet") == 130
     assert exit_code_of("run", str(job), "--quiet") == 0
-    assert metrics(job)["rows_resumed"] == 20
+    assert [metrics(job)["rows_resumed"]] == answered and answered[0] < 90
     whole = score_job(tmp_path / "whole", model_folder, {"choices": "options"}, rows(30))
     assert exit_code_of("run", str(whole), "--quiet") == 0
     np.testing.assert_allclose(output(job)["logprob"], output(whole)["logprob"], atol=1e-4)
     assert output(job)["choice"].to_list() == output(whole)["choice"].to_list()
+
+
+def documents(lengths: list[int]) -> list[dict[str, str]]:
+    """In sentences of about 12 tokens."""
+    return [
+        {"id": str(number), "text": f"Document {number}. " * length} for number, length in enumerate(lengths)
+    ]
+
+
+def test_rows_in_chunks_are_scored_as_in_one(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for folder, tokens in (("one", 1 << 20), ("chunks", 700), ("each", 1)):
+        monkeypatch.setattr(score_job_module, "_CHUNK_TOKENS", tokens)
+        table = documents([4, 60, 100, 1, 50])
+        job = score_job(tmp_path / folder, model_folder, {"rolling": True}, table, prompt={"column": "text"})
+        assert exit_code_of("run", str(job), "--quiet") == 0
+        found.append(output(job))
+    np.testing.assert_allclose(found[1]["logprob"], found[0]["logprob"], atol=1e-4)
+    np.testing.assert_allclose(found[2]["logprob"], found[0]["logprob"], atol=1e-4)
+    assert found[1].drop("logprob", "shared_tokens").equals(found[0].drop("logprob", "shared_tokens"))
+
+
+def test_joined_tables_are_the_table_of_all() -> None:
+    spans = [
+        TokenSpan([1, 2, 3], 1),
+        TokenSpan([4, 99], 1),
+        TokenSpan([5, 6], 1),
+        TokenSpan([7, 8, 9, 98], 2),
+    ]
+    whole, scored = mixed_table(spans, 8, 50)
+    parts = [mixed_table(spans[start:end], 8, 50) for start, end in ((0, 1), (1, 1), (1, 3), (3, 4))]
+    joined, joined_scored = joined_tables(parts)
+    for field in ("tokens", "offsets", "params_of"):
+        np.testing.assert_array_equal(getattr(joined, field), getattr(whole, field))
+        assert getattr(joined, field).dtype == getattr(whole, field).dtype
+    assert (joined.params, joined.faults, sorted(joined.faults)) == (whole.params, whole.faults, [1, 3])
+    np.testing.assert_array_equal(joined_scored.first, scored.first)
+    np.testing.assert_array_equal(joined_scored.last, scored.last)
+
+
+def test_spans_take_little_memory() -> None:
+    """Less than Python's own numbers for the tokens would."""
+    rows, length = 2000, 1000
+    tokens = np.arange(rows * length, dtype=np.int32) % 1000 + 1000
+    offsets = np.arange(rows + 1, dtype=np.int64) * length
+    table = PromptTable(tokens, offsets, (SamplingParams(),), np.zeros(rows, np.int32), {})
+    kept = pa.table({"id": range(rows)})
+    score_rows = ScoreRows(table, np.full(rows, length - 1), kept, kept.column("id"))
+    requests = make_requests(table, None, b"")
+    tracemalloc.start()
+    spans = score_job_module._Spans(score_rows, requests, np.ones(rows, dtype=bool), 0, length, 2000)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert spans.table.num_rows == rows
+    assert held < 8 * len(tokens)
+
+
+def test_answers_are_written_when_old_and_not_when_the_next_one_comes(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is asked after every step, also when no document has ended in it."""
+    counts: list[int] = []
+    add = ResultStore.add
+
+    def counted(self: ResultStore, results: Any) -> None:
+        counts.append(len(results))
+        add(self, results)
+
+    monkeypatch.setattr(ResultStore, "add", counted)
+    engine = {"max_step_tokens": 64}
+    table, prompt = documents([2, 60]), {"column": "text"}
+    job = score_job(tmp_path, model_folder, {"rolling": True}, table, prompt=prompt, engine=engine)
+    assert exit_code_of("run", str(job), "--quiet") == 0
+    assert len(counts) >= metrics(job)["steps"] > 5
+    assert counts.count(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"output": {"keep": ["logprob"]}}, "output.keep: the input column 'logprob' has the name"),
+        ({"output": {"keep": ["output"]}}, "output.keep: the input column 'output' has the name"),
+        ({"input": {"id": "output"}}, "input.id: the column 'output', which is copied to the output, has"),
+    ],
+)
+def test_columns_with_names_of_ours_are_refused_before_anything_is_read(
+    sections: dict[str, Any],
+    sentence: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = [{**row, "logprob": 1.0, "output": "x"} for row in rows()]
+    job = score_job(tmp_path, model_folder, {"choices": "options"}, table, **sections)
+    monkeypatch.setattr(score_job_module, "load_score_rows", None)
+    assert exit_code_of("run", str(job), "--quiet") == 2
+    assert f"error: {job}: {sentence}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

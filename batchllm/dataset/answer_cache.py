@@ -7,8 +7,9 @@ Each run adds files and changes none, so runs can share the folder at the same t
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,21 +21,40 @@ from numpy.typing import NDArray
 
 from batchllm.core import PromptTable, RequestResult, RequestTable
 from batchllm.dataset.columns import Columns, Logprobs
+from batchllm.dataset.folder import check_writable
 from batchllm.dataset.keys import content_keys, match_keys
 from batchllm.dataset.prompt_columns import prompt_logprobs_of
-from batchllm.durable import make_folder, sync_file, writing
+from batchllm.durable import sync_file
+from batchllm.errors import OutputError
 
 _KEY = pa.field("key", pa.binary(16))
 _FILE_ROWS = 10_000
 
 
+def check_cache(folder: Path, source: str) -> None:
+    """Raises OutputError where nothing can be kept."""
+    try:
+        check_writable(folder)
+    except OutputError as error:
+        raise OutputError(f"{source}: output.cache: {error}") from None
+
+
 class AnswerCache:
-    """The cache of one run. `found` answers what is known; `add` keeps what has been computed, `flush` writes it."""
+    """The cache of one run. `found` answers what is known; `add` keeps what has been computed, `flush` writes it.
+
+    Where writing fails, `note` is told once and no more is kept: the job does not need it.
+    """
 
     def __init__(
-        self, folder: Path, prompts: PromptTable, requests: RequestTable, configuration: bytes
+        self,
+        folder: Path,
+        prompts: PromptTable,
+        requests: RequestTable,
+        configuration: bytes,
+        note: Callable[[str], None],
     ) -> None:
         self._folder, self._prompts, self._requests = folder, prompts, requests
+        self._note, self._keeps = note, True
         self._keys = requests.key.copy()
         greedy = np.array([params.greedy for params in prompts.params], dtype=bool)
         is_greedy = greedy[prompts.params_of[requests.row]]
@@ -64,7 +84,7 @@ class AnswerCache:
 
     def add(self, results: Sequence[RequestResult]) -> None:
         """Keeps new answers; errors may be other next time."""
-        for result in results:
+        for result in results if self._keeps else ():
             key = self._keys[result.request].tobytes()
             if result.finish_reason in ("stop", "length") and key not in self._known:
                 self._known.add(key)
@@ -76,16 +96,29 @@ class AnswerCache:
         """Afterwards other runs find what was added."""
         if not self._new:
             return
+        try:
+            self._write()
+        except OSError as error:
+            self._keeps = False
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            self._note(
+                f"output.cache: {self._folder} cannot be written ({reason}), so answers are not kept there"
+            )
+        self._new = []
+
+    def _write(self) -> None:
         table = self._answer_table(self._new)
         keys = pa.array([self._keys[result.request].tobytes() for result in self._new], _KEY.type)
-        make_folder(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"answers-{uuid4().hex}.parquet"
         temporary = path.with_suffix(".tmp")
-        with writing(path):
+        try:
             pq.write_table(table.append_column(_KEY, keys), temporary)
             sync_file(temporary)
             os.replace(temporary, path)
-        self._new = []
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _matching_rows(self, path: Path, wanted: NDArray[np.uint64]) -> list[dict[str, Any]]:
         """Rows of a file with these keys; none of a file that cannot be read."""

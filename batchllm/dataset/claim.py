@@ -19,6 +19,7 @@ class Claim:
 
     folder: Folder
     work_dir: Path  # empty at first; for files that only this run needs, removed with the claim
+    replaces: bool  # the folder holds another job's results, which the run may remove
 
 
 @contextlib.contextmanager
@@ -34,11 +35,11 @@ def claim_output(path: Path, identity: str, overwrite: bool = False) -> Iterator
     make_folder(folder.run)
     lock = FileLock(folder.lock, _refusal(path))
     try:
-        check_output(path, identity, overwrite)  # again: another run may have ended in between
+        replaces = check_output(path, identity, overwrite)  # again: another run may have ended in between
         with writing(work_dir):
             shutil.rmtree(work_dir, ignore_errors=True)  # of a run that was killed
             work_dir.mkdir()
-        yield Claim(folder, work_dir)
+        yield Claim(folder, work_dir, replaces)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
         if not folder.manifest.exists() and folder.run in made:

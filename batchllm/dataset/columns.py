@@ -49,12 +49,21 @@ NO_LOGPROBS = Logprobs()
 
 
 def check_kept_names(
-    names: Iterable[str], has_samples: bool, logprobs: Logprobs, has_scores: bool = False
+    names: Iterable[str],
+    has_samples: bool,
+    logprobs: Logprobs,
+    has_scores: bool = False,
+    id_column: str | None = None,
 ) -> None:
     """Refuses kept columns that would stand beside a column of ours with the same name."""
     ours = {field.name for field in _added_fields(has_samples, logprobs, has_scores)}
     seen: set[str] = set()
     for name in names:
+        if name in ours and name == id_column:
+            raise JobError(
+                f"input.id: the column {name!r}, which is copied to the output, has the name of a column that the run "
+                "adds; rename it in the input"
+            )
         if name in ours:
             raise JobError(
                 f"output.keep: the input column {name!r} has the name of a column that the run adds; "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
@@ -29,8 +31,11 @@ class InputFiles:
     base: str | None
 
 
-def find_files(path: str, format: str) -> InputFiles:
-    """The files that `input.path` and `input.format` name, at least one. Raises InputError."""
+def find_files(path: str, format: str, without: Collection[Path] = ()) -> InputFiles:
+    """The files that `input.path` and `input.format` name, at least one. Raises InputError.
+
+    Parquet files in the folders `without`, which hold a run's own answers, are found only where `path` is such a file.
+    """
     try:
         filesystem, root = _filesystem(path)
         info = filesystem.get_file_info(root)
@@ -44,11 +49,15 @@ def find_files(path: str, format: str) -> InputFiles:
                 raise InputError(f"input.path: `{path}` does not exist{_near(filesystem, root)}")
             found = _glob(filesystem, base, pattern)
         paths = sorted(set(found))
+        if isinstance(filesystem, fs.LocalFileSystem):
+            paths = _not_in(without, paths)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"input.path: `{path}` cannot be opened: {first_line(error)}") from None
     if not paths:
         what = "no file matches" if info.type == fs.FileType.NotFound else "there is no file in"
-        raise InputError(f"input.path: {what} `{path}` (names that begin with _ or . are left out)")
+        raise InputError(
+            f"input.path: {what} `{path}` (names that begin with _ or . are left out, and so are the job's own answers)"
+        )
     name, chosen = _format_of(paths, format, path)
     return InputFiles(filesystem, tuple(chosen), name, base)
 
@@ -105,6 +114,16 @@ def _files_below(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
             yield from _files_below(filesystem, info.path)
         else:
             yield info.path
+
+
+def _not_in(folders: Collection[Path], paths: list[str]) -> list[str]:
+    """Without Parquet files in these folders; nobody else's may be there (`folder.check_output`)."""
+    own = {os.path.realpath(folder) for folder in folders}
+    return [
+        path
+        for path in paths
+        if not (path.endswith(".parquet") and os.path.realpath(os.path.dirname(path)) in own)
+    ]
 
 
 def _children(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:

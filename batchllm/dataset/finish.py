@@ -26,7 +26,7 @@ import pyarrow as pa
 from batchllm.core import IntArray
 from batchllm.dataset.columns import Columns, RowReader
 from batchllm.dataset.folder import Folder
-from batchllm.dataset.parts import TornPart, final_name, read_answers, write_rows
+from batchllm.dataset.parts import TornPart, final_names, read_answers, write_rows
 from batchllm.durable import make_folder, sync_file, sync_folder, write_json, writing
 
 _MAX_BUCKETS = 64
@@ -47,7 +47,7 @@ def final_parts(total: int, part_rows: int) -> dict[str, IntArray]:
     """The parts of a whole result: name → its requests. At least one, so that no rows are a table as well."""
     starts = range(0, max(total, 1), part_rows)
     requests = [np.arange(start, min(start + part_rows, total), dtype=np.int64) for start in starts]
-    return {final_name(number): part for number, part in enumerate(requests)}
+    return dict(zip(final_names(len(requests)), requests))
 
 
 def prepare_commit(

@@ -3,7 +3,7 @@
     OUT/part-live-NNNNN.parquet   answers in the order in which they were finished
     OUT/part-NNNNN.parquet        the whole result in input order
     OUT/_run/manifest.json        whose results these are, and how far they are
-    OUT/_run/superseded/          answers that no longer match the job; only the latest generation
+    OUT/_run/superseded/          answers that do not match the job now, see `superseded`
     OUT/_run/{lock,work,scratch,final,COMMIT}   while a run writes
 
 Readers that scan OUT skip `_run` for its underscore.
@@ -47,14 +47,15 @@ class Folder:
         self.lock = self.run / "lock"
 
 
-def check_output(path: Path, identity: str, overwrite: bool = False) -> None:
-    """Raises OutputError when a job with this identity must not write into `path`. Writes nothing.
+def check_output(path: Path, identity: str, overwrite: bool = False) -> bool:
+    """Whether `path` holds results of another job, to be replaced. Raises OutputError when a job with this identity
+    must not write there, as another job's results are without `overwrite`. Writes nothing.
 
     `identity` says which job it is: the same for every run over the same input, whatever its settings.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; output.path must name a folder")
-    _check_writable(path)
+    check_writable(path)
     folder = Folder(path)
     ours, foreign = _whose_parts(folder)
     if foreign:
@@ -62,8 +63,13 @@ def check_output(path: Path, identity: str, overwrite: bool = False) -> None:
             f"{path}: holds Parquet files that batchllm did not write ({foreign[0].name}), which even "
             "--overwrite leaves alone; choose another output.path"
         )
-    if not overwrite:
+    try:
         _check_owner(folder, identity, ours)
+    except OutputError:
+        if not overwrite:
+            raise
+        return True
+    return False
 
 
 def remove_results(folder: Folder) -> None:
@@ -89,7 +95,8 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises OutputError where this user can neither write into the folder nor make it. Writes nothing."""
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from batchllm.dataset.reorder import choose_orders
 from batchllm.dataset.rows import EMPTY_PROMPT, RowBatch, RowFault
 from batchllm.dataset.tokens import TokenStoreWriter, open_tokens
 from batchllm.dataset.values import with_valid_text
+from batchllm.durable import writing
 from batchllm.errors import JobError
 from batchllm.job import JobSpec
 from batchllm.planner.field_order import FieldOrder
@@ -67,13 +69,14 @@ def validate_columns(job: JobSpec, schema: pa.Schema) -> None:
         if name not in schema.names:
             hint = column_hint(name, schema.names)
             raise JobError(f"{job.source}: {key}: there is no column `{name}`; {hint}")
-    has_samples = job.generate.n != 1
+    generate, has_samples = job.generate, job.generate.n != 1
+    shown = Logprobs(
+        generate.logprobs is not False, generate.top_logprobs != 0, generate.prompt_logprobs is not None
+    )
+    if job.score is not None:
+        shown = Logprobs(job.score.token_logprobs)
     try:
-        generate = job.generate
-        shown = Logprobs(
-            generate.logprobs is not False, generate.top_logprobs != 0, generate.prompt_logprobs is not None
-        )
-        check_kept_names(_kept_columns(job, schema), has_samples, shown)
+        check_kept_names(_kept_columns(job, schema), has_samples, shown, job.score is not None, job.input.id)
     except JobError as error:
         raise JobError(f"{job.source}: {error}") from None
     PromptPlan(job.prompt, schema, job.source, job.chunks.column if job.chunks else None)
@@ -90,15 +93,11 @@ def load_rows(
     started = time.perf_counter()
     loader = _Loader(job, input_data, tokenizer)
     tokens_path, kept_path = work_dir / "prompts.tokens", work_dir / "kept.arrow"
-    with (
-        TokenStoreWriter(tokens_path) as store,
-        pa.OSFile(str(kept_path), "wb") as kept_file,
-        pa.ipc.new_file(kept_file, loader.kept_schema) as kept_writer,
-    ):
+    with TokenStoreWriter(tokens_path) as store, _KeptWriter(kept_path, loader.kept_schema) as kept_rows:
         for batch in input_data.batches(columns=loader.columns):
             tokenized = loader.load(batch)
             store.append(tokenized.ids)
-            kept_writer.write_batch(loader.kept(batch.data))
+            kept_rows.append(loader.kept(batch.data))
             if progress is not None:
                 progress.advance(batch.num_rows, sum(map(len, tokenized.ids)))
     kept = pa.ipc.open_file(pa.memory_map(str(kept_path))).read_all()
@@ -107,6 +106,28 @@ def load_rows(
     prompts = loader.prompt_table(tokens_path)
     saves = loader.reordering_saves(len(prompts.tokens))
     return LoadedRows(prompts, kept, ids, loader.chunk_table(), saves, seconds, loader.tokenize_seconds)
+
+
+class _KeptWriter:
+    """The Arrow file of the id and the kept columns. Raises WriteFailed."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._open_files = ExitStack()
+        with writing(path):
+            file = self._open_files.enter_context(pa.OSFile(str(path), "wb"))
+            self._writer = self._open_files.enter_context(pa.ipc.new_file(file, schema))
+
+    def append(self, rows: pa.RecordBatch) -> None:
+        with writing(self._path):
+            self._writer.write_batch(rows)
+
+    def __enter__(self) -> _KeptWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with writing(self._path):
+            self._open_files.close()
 
 
 class _Loader:

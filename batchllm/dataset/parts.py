@@ -62,8 +62,10 @@ def live_name(number: int) -> str:
     return f"part-live-{number:05d}.parquet"
 
 
-def final_name(number: int) -> str:
-    return f"part-{number:05d}.parquet"
+def final_names(count: int) -> list[str]:
+    """Of so many final parts. By name they stand in the order of their rows."""
+    digits = max(5, len(str(count - 1)))
+    return [f"part-{number:0{digits}d}.parquet" for number in range(count)]
 
 
 def live_number(name: str) -> int | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
@@ -62,10 +63,13 @@ class InputData:
                 yield batch
 
 
-def open_input(spec: InputSpec, source: str = "job") -> InputData:
-    """Find the files and learn their columns. Raises InputError, which begins with `source` and says what to do."""
+def open_input(spec: InputSpec, source: str = "job", without: Collection[Path] = ()) -> InputData:
+    """Find the files and learn their columns. Raises InputError, which begins with `source` and says what to do.
+
+    `without`: folders whose Parquet files are the job's own answers and no input, see `find_files`.
+    """
     with _named(source):
-        reader = _reader(spec)
+        reader = _reader(spec, without)
         names = reader.schema.names
         twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
         if twice is not None:
@@ -73,8 +77,8 @@ def open_input(spec: InputSpec, source: str = "job") -> InputData:
     return InputData(reader, spec.limit, source)
 
 
-def _reader(spec: InputSpec) -> TableReader:
-    files = find_files(spec.path, spec.format)
+def _reader(spec: InputSpec, without: Collection[Path]) -> TableReader:
+    files = find_files(spec.path, spec.format, without)
     if files.format == "parquet":
         return ParquetReader(files)
     if files.format == "jsonl":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -44,28 +44,34 @@ from batchllm.dataset.folder import (
     remove_results,
 )
 from batchllm.dataset.parts import job_digest, live_name, live_number, write_part
-from batchllm.dataset.resume import Inherited, SetAside, next_live_number, take_over
+from batchllm.dataset.reasons import Reasons
+from batchllm.dataset.resume import Inherited, next_live_number, take_over
+from batchllm.dataset.superseded import Superseded
 from batchllm.durable import WriteFailed, write_bytes, write_json
-from batchllm.errors import JobError, OutputError
+from batchllm.errors import JobError
+from batchllm.job_values import MAX_PART_ROWS
 from batchllm.versions import batchllm_version
 
-MAX_PART_ROWS = 1_000_000  # the keys of a part's rows lie in its footer, which every reader loads whole
-
-__all__ = ["MAX_PART_ROWS", "ResultStore", "check_output", "claim_output"]
+__all__ = ["ResultStore", "check_output", "claim_output"]
 
 
 class ResultStore:
     """The output folder of one running job. One thread uses it; a lock keeps other processes out."""
 
     def __init__(
-        self, folder: Folder, columns: Columns, inherited: Inherited, header: dict[str, Any]
+        self,
+        folder: Folder,
+        columns: Columns,
+        inherited: Inherited,
+        header: dict[str, Any],
+        faults: Mapping[int, str],
     ) -> None:
         """For `open` only."""
         self.path = folder.path
         self.done: NDArray[np.bool_] = inherited.done  # [requests] answered: in a part, or about to be
         self.num_resumed = int(inherited.done.sum())
         self.num_superseded = inherited.superseded
-        self.num_errors = inherited.errors  # answered requests that are errors
+        self.errors = _earlier_errors(columns.requests, inherited, faults)  # of the answered requests
         self.notes: list[str] = _notes(folder, inherited)
         self._folder = folder
         self._held = contextlib.ExitStack()  # what `close` lets go of
@@ -87,7 +93,7 @@ class ResultStore:
         configuration: bytes = b"",
         logprobs: Logprobs = NO_LOGPROBS,
         scores: bool = False,
-        fault_rows: Collection[int] = (),
+        faults: Mapping[int, str] | None = None,
         part_rows: int = 50_000,
         flush_seconds: float = 30.0,
         resolved_job: Mapping[str, Any] | None = None,
@@ -96,9 +102,10 @@ class ResultStore:
     ) -> ResultStore:
         """Takes over earlier answers, and says in `done` which requests they answer.
 
-        `kept` holds the id and kept columns, one row per input row; `fault_rows` are the rows without a
-        prompt, whose errors are final. Errors of other rows are dropped, so they are tried again.
-        Without a `claim` on this path, which the caller goes on holding, the store makes one of its own.
+        `kept` holds the id and kept columns, one row per input row; `faults` are the rows without a prompt,
+        whose errors are final. Errors of other rows are dropped, so they are tried again.
+        Without a `claim` on this path, which the caller goes on holding, the store makes one of its own. `overwrite`
+        is for that: another job's results are removed, and this job's own stay.
         """
         if not 1 <= part_rows <= MAX_PART_ROWS:
             raise JobError(f"output.part_rows: must be between 1 and {MAX_PART_ROWS:,}, not {part_rows:,}")
@@ -107,12 +114,12 @@ class ResultStore:
             if claim is None:
                 claim = held.enter_context(claim_output(path, identity, overwrite))
             folder = claim.folder
-            if overwrite:
+            if claim.replaces:
                 remove_results(folder)
             recover(folder)
-            inherited = take_over(folder, columns, job_digest(identity), fault_rows, part_rows)
+            inherited = take_over(folder, columns, job_digest(identity), faults or {}, part_rows)
             header = _manifest_header(folder, identity, configuration, requests, part_rows, flush_seconds)
-            store = cls(folder, columns, inherited, header)
+            store = cls(folder, columns, inherited, header, faults or {})
             if resolved_job is not None:
                 text = yaml.safe_dump(dict(resolved_job), sort_keys=False, allow_unicode=True)
                 write_bytes(folder.run / "job.yaml", text.encode(errors="replace"))
@@ -125,13 +132,19 @@ class ResultStore:
         """The files that hold answers, and the request of each of their rows."""
         return self._parts
 
+    @property
+    def num_errors(self) -> int:
+        """Answered requests that are errors."""
+        return self.errors.total
+
     def add(self, results: Sequence[RequestResult]) -> None:
         """Answers that have just been found. Written when a part is full or old enough."""
         for result in results:
             assert not self.done[result.request], f"request {result.request} is answered twice"
             self._pending.results.append(result)
             self.done[result.request] = True
-            self.num_errors += result.finish_reason == "error"
+            if result.finish_reason == "error":
+                self.errors.add(result.error or "unknown")
             if len(self._pending.results) >= self._header["part_rows"]:
                 self.flush()
         if self._pending.results and time.monotonic() - self._last_flush >= self._header["flush_seconds"]:
@@ -164,8 +177,8 @@ class ResultStore:
                 )
             except DamagedPart as part:
                 del self._parts[part.name]
-                SetAside(self._folder, self._columns).move(self.path / part.name, part.name)
-                raise OutputError(
+                Superseded(self._folder, self._columns.requests).move(self.path / part.name, part.name)
+                raise WriteFailed(
                     f"{self.path / part.name}: was damaged after it was written; "
                     "run the same command again to compute its rows anew"
                 ) from part
@@ -252,12 +265,22 @@ def _manifest_header(
     }
 
 
+def _earlier_errors(requests: RequestTable, inherited: Inherited, faults: Mapping[int, str]) -> Reasons:
+    """Errors that are kept are those of rows without a prompt."""
+    faulty = np.isin(requests.row, np.fromiter(faults, dtype=np.int64, count=len(faults)))
+    return Reasons(faults[row] for row in requests.row[faulty & inherited.done].tolist())
+
+
 def _notes(folder: Folder, inherited: Inherited) -> list[str]:
     notes = []
     if inherited.superseded:
         notes.append(
             f"{inherited.superseded:,} earlier answers no longer match (model, prompt, sampling or input "
-            f"changed) and were set aside in {folder.superseded}"
+            f"changed) and were set aside in {folder.superseded}, from where they come back when they match again"
+        )
+    if inherited.taken_back:
+        notes.append(
+            f"{inherited.taken_back:,} answers that had been set aside match again and were taken back"
         )
     if inherited.retried:
         notes.append(f"{inherited.retried:,} rows that failed in an earlier run are tried again")

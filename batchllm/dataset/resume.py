@@ -1,15 +1,14 @@
 """Taking over what earlier runs left in the output folder.
 
 Afterwards every part in the folder holds only answers that this job wants, each once, with the kept columns
-as they are in the present input; `Inherited.done` says which requests they answer. Answers are matched by key.
-Every step leaves the folder readable and can be repeated after a crash.
+as they are in the present input; `Inherited.done` says which requests they answer. Answers are matched by key,
+also with those set aside earlier. Every step leaves the folder readable and can be repeated after a crash.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from xxhash import xxh3_64_hexdigest
 
-from batchllm.core import IntArray
+from batchllm.core import IntArray, RequestTable
 from batchllm.dataset.columns import Columns, RowReader
 from batchllm.dataset.folder import Folder
 from batchllm.dataset.keys import match_keys, rank_among_equals
 from batchllm.dataset.parts import (
     PartHeader,
     TornPart,
-    final_number,
+    final_names,
     layout_digest,
     live_name,
     live_number,
@@ -35,7 +33,8 @@ from batchllm.dataset.parts import (
     read_header,
     write_part,
 )
-from batchllm.durable import make_folder, sync_folder, write_bytes, writing
+from batchllm.dataset.superseded import Superseded
+from batchllm.durable import sync_folder, writing
 
 
 @dataclass
@@ -44,8 +43,8 @@ class Inherited:
 
     done: NDArray[np.bool_]  # [requests]
     parts: dict[str, IntArray] = field(default_factory=dict)  # name of a part → request of each row
-    errors: int = 0  # of the rows kept
     superseded: int = 0  # answers set aside
+    taken_back: int = 0  # answers set aside earlier, wanted again
     retried: int = 0  # rows that failed while they were computed, dropped
     torn: int = 0  # parts that could not be read, set aside
     complete: bool = False  # the folder already is the whole result in input order
@@ -71,9 +70,9 @@ def take_over(
     if not torn and _is_complete(found, columns, part_rows):
         inherited.complete = True
         for part in found:
-            _keep(inherited, part.header.path.name, part.requests, part.header.is_error)
+            _keep(inherited, part.header.path.name, part.requests)
         return inherited
-    aside = SetAside(folder, columns)
+    aside = Superseded(folder, columns.requests)
     numbers = _free_numbers(folder)
     for path in torn:
         aside.move(path, live_name(next(numbers)))
@@ -83,9 +82,21 @@ def take_over(
         if live_number(path.name) is None:  # only a commit makes final parts, and it needs their names
             path = _rename(path, folder.path / live_name(next(numbers)))
         _settle(inherited, part, path, columns, job, folder, aside)
+    _take_back(inherited, columns, job, folder, aside, numbers)
     with writing(folder.path):
         sync_folder(folder.path)
+    aside.drop_outlived(inherited.done)
     return inherited
+
+
+def answered_before(folder: Folder, requests: RequestTable) -> NDArray[np.bool_]:
+    """[requests] those that some part holds an answer to, also one set aside. Reads footers and changes nothing."""
+    headers = [*_read_headers(folder)[0], *Superseded(folder, requests).headers()]
+    found = np.zeros(len(requests) + 1, dtype=bool)  # the last: no request
+    if headers:
+        keys = np.concatenate([header.keys[~header.is_error] for header in headers])
+        found[match_keys(requests.key, keys)] = True
+    return found[:-1]
 
 
 def _read_headers(folder: Folder) -> tuple[list[PartHeader], list[Path]]:
@@ -121,7 +132,7 @@ def _is_complete(found: list[_Found], columns: Columns, part_rows: int) -> bool:
     """The parts are the final ones of exactly these requests, cut as they would be cut now."""
     total = len(columns.requests)
     sizes = [min(part_rows, total - start) for start in range(0, total, part_rows)] or [0]
-    if [final_number(part.header.path.name) for part in found] != list(range(len(sizes))):
+    if [part.header.path.name for part in found] != final_names(len(sizes)):
         return False
     if [len(part.requests) for part in found] != sizes:
         return False
@@ -140,7 +151,7 @@ def _settle(
     columns: Columns,
     job: str,
     folder: Folder,
-    aside: SetAside,
+    aside: Superseded,
 ) -> None:
     """Leaves at `path` the wanted rows of the part, in the present layout, or nothing."""
     rows = np.flatnonzero(part.keep)
@@ -149,7 +160,7 @@ def _settle(
     inherited.superseded += unwanted
     inherited.retried += int(part.retry.sum())
     if len(rows) == len(part.keep) and part.header.layout == layout_digest(columns, requests) and len(rows):
-        _keep(inherited, path.name, requests, part.header.is_error)
+        _keep(inherited, path.name, requests)
         return
     if unwanted:
         aside.copy(path)
@@ -164,52 +175,41 @@ def _settle(
         inherited.torn += 1
         return
     write_part(path, folder.scratch, columns, job, requests, answers, rows)
-    _keep(inherited, path.name, requests, part.header.is_error[rows])
+    _keep(inherited, path.name, requests)
 
 
-def _keep(inherited: Inherited, name: str, requests: IntArray, is_error: NDArray[np.bool_]) -> None:
+def _keep(inherited: Inherited, name: str, requests: IntArray) -> None:
     inherited.parts[name] = requests
     inherited.done[requests] = True
-    inherited.errors += int(is_error.sum())
 
 
-class SetAside:
-    """`_run/superseded`: emptied when the first part of a new generation comes in.
-
-    A generation is one set of wanted keys, so a crash in the midst of setting aside does not start another.
-    """
-
-    def __init__(self, folder: Folder, columns: Columns) -> None:
-        self._folder = folder
-        self._generation = xxh3_64_hexdigest(columns.requests.key.tobytes()).encode()
-        self._is_open = False
-
-    def move(self, path: Path, name: str) -> None:
-        self._open()
-        _rename(path, self._folder.superseded / name)
-
-    def copy(self, path: Path) -> None:
-        """The whole part, also the rows still wanted. The file is never written to again: a link will do."""
-        self._open()
-        copy = self._folder.superseded / path.name
-        with writing(copy):
-            copy.unlink(missing_ok=True)  # of a run that was killed here
-            try:
-                os.link(path, copy)
-            except OSError:
-                shutil.copyfile(path, copy)
-            sync_folder(copy.parent)
-
-    def _open(self) -> None:
-        if self._is_open:
-            return
-        label = self._folder.superseded / "generation"
-        if not label.exists() or label.read_bytes() != self._generation:
-            with writing(self._folder.superseded):
-                shutil.rmtree(self._folder.superseded, ignore_errors=True)
-            make_folder(self._folder.superseded)
-            write_bytes(label, self._generation)
-        self._is_open = True
+def _take_back(
+    inherited: Inherited,
+    columns: Columns,
+    job: str,
+    folder: Folder,
+    aside: Superseded,
+    numbers: Iterator[int],
+) -> None:
+    """Of the answers set aside, those that are wanted and missing become parts again. They also stay where they are."""
+    headers = [] if inherited.done.all() else aside.headers()
+    if not headers:
+        return
+    found = match_keys(columns.requests.key, np.concatenate([header.keys for header in headers]))
+    cuts = np.cumsum([len(header.keys) for header in headers])[:-1]
+    for header, request in zip(headers, np.split(found, cuts)):
+        missing = (request >= 0) & ~header.is_error & ~inherited.done[request]
+        requests, first = np.unique(request[missing], return_index=True)
+        if not len(requests):
+            continue
+        try:
+            answers = RowReader(pa.concat_tables(read_answers(header.path, columns)))
+        except TornPart:
+            continue
+        path = folder.path / live_name(next(numbers))
+        write_part(path, folder.scratch, columns, job, requests, answers, np.flatnonzero(missing)[first])
+        _keep(inherited, path.name, requests)
+        inherited.taken_back += len(requests)
 
 
 def _rename(path: Path, to: Path) -> Path:
@@ -220,7 +220,7 @@ def _rename(path: Path, to: Path) -> Path:
 
 def next_live_number(folder: Folder) -> int:
     """Larger than any number in use, also among the parts set aside: no name is ever taken twice."""
-    names = [p.name for p in (*parquet_files(folder.path), *parquet_files(folder.superseded))]
+    names = [path.name for path in (*parquet_files(folder.path), *folder.superseded.glob("*/*.parquet"))]
     return 1 + max((n for n in map(live_number, names) if n is not None), default=-1)
 
 

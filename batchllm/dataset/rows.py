@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -33,11 +33,6 @@ class RowBatch:
         """Some rows of this batch, sharing its memory."""
         faults = {row - start: fault for row, fault in self.faults.items() if start <= row < stop}
         return RowBatch(self.data.slice(start, stop - start), faults)
-
-    def pieces(self, rows: int) -> Iterator[RowBatch]:
-        """The same rows in batches of not more than `rows`."""
-        for start in range(0, self.num_rows, rows):
-            yield self.rows(start, min(start + rows, self.num_rows))
 
 
 def no_columns(rows: int) -> pa.RecordBatch:

@@ -10,16 +10,18 @@ from types import TracebackType
 import numpy as np
 
 from batchllm.core import IntArray, TokenArray
+from batchllm.durable import writing
 
 _OFFSETS = ".offsets.npy"
 
 
 class TokenStoreWriter:
-    """Appends prompts in row order. The store can be opened once the writer is closed."""
+    """Appends prompts in row order. The store can be opened once the writer is closed. Raises WriteFailed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb")
+        with writing(path):
+            self._file = path.open("wb")
         self._lengths: list[np.ndarray] = []
 
     def append(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -27,15 +29,17 @@ class TokenStoreWriter:
         lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
         self._lengths.append(lengths)
         tokens = np.fromiter(chain.from_iterable(prompts), np.int32, int(lengths.sum()))
-        self._file.write(tokens.data)
+        with writing(self._path):
+            self._file.write(tokens.data)
 
     def close(self) -> None:
         """Write the offsets. Closing twice is allowed."""
         if self._file.closed:
             return
-        self._file.close()
-        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]))
-        np.save(_offsets_path(self._path), offsets)
+        with writing(self._path):
+            self._file.close()
+            offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]))
+            np.save(_offsets_path(self._path), offsets)
 
     def __enter__(self) -> TokenStoreWriter:
         return self

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchllm.core import Plan, PlanStats
+from batchllm.durable import writing
 
 _STATS = b"batchllm.plan"
 _NODE_COLUMNS = ("parent", "start", "end", "row", "donor", "copied", "leaves", "sequence")
@@ -19,7 +20,8 @@ _NODE_COLUMNS = ("parent", "start", "end", "row", "donor", "copied", "leaves", "
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Columns are those of `core.Plan` without `node_`. A leaf also has its params, its group and `requests`, with how
-    many prompt tokens each of them takes from another's work in `shared`. The file appears whole or not at all."""
+    many prompt tokens each of them takes from another's work in `shared`. The file appears whole or not at all.
+    Raises WriteFailed."""
     columns = {name: pa.array(getattr(plan, f"node_{name}")) for name in _NODE_COLUMNS}
     leaf = np.zeros(plan.num_nodes, dtype=np.bool_)
     leaf[plan.sequence_node] = True
@@ -35,8 +37,12 @@ def write_plan(plan: Plan, path: Path) -> None:
     about = {"num_requests": len(plan.request_shared), "stats": asdict(plan.stats)}
     table = pa.table(columns).replace_schema_metadata({_STATS: json.dumps(about)})
     temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            pq.write_table(table, temporary, compression="zstd")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_plan(path: Path) -> Plan:

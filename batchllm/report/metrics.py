@@ -31,6 +31,9 @@ class RunMetrics:
     kv_peak_bytes: int
     rss_peak_bytes: int
     preemptions: int = 0
+    errors: Mapping[str, int] = field(
+        default_factory=dict
+    )  # the commonest reasons why rows failed, and of how many
     prompt_tokens_saved_by_reordering: int = 0  # about, over all rows of the input: by prompt.reorder
     mean_output_tokens: float = 0.0  # of a sequence: one stream of tokens, however many rows it answers
     predicted: Mapping[str, float] = field(default_factory=dict)  # by the plan, under the names used here

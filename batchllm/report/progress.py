@@ -24,6 +24,7 @@ class Stage:
         self.total_rows = total_rows
         self.rows = rows_done
         self.tokens = 0
+        self.total_tokens: int | None = None  # that `tokens` will come to, where that can be foreseen
         self.kv_used_fraction: float | None = None
         self.saved_fraction: float | None = None
         self._rows_before = rows_done
@@ -43,12 +44,14 @@ class Stage:
         output_tokens: int = 0,
         kv_used_fraction: float | None = None,
         saved_fraction: float | None = None,
+        total_tokens: int | None = None,
     ) -> None:
-        """So many are done in all: rows with those of earlier runs, tokens of this run only."""
+        """So many are done in all: rows with those of earlier runs, tokens of this run only, as in `total_tokens`."""
         self.rows = rows_done
         self.tokens = prompt_tokens_done + output_tokens
         self.kv_used_fraction = kv_used_fraction
         self.saved_fraction = saved_fraction
+        self.total_tokens = total_tokens
         self._show(self)
 
     @property
@@ -57,7 +60,9 @@ class Stage:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the rows of this run so far; None while nothing can be said."""
+        """From the tokens of this run so far, else from its rows; None while nothing can be said."""
+        if self.total_tokens is not None and self.tokens > 0:
+            return self.seconds / self.tokens * max(0, self.total_tokens - self.tokens)
         rows = self.rows - self._rows_before
         if self.total_rows is None or rows <= 0:
             return None
@@ -140,18 +145,19 @@ class _Bar:
             dynamic_ncols=_knows_its_width(self._stream),
             ncols=None if _knows_its_width(self._stream) else 80,
             nrows=20,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}<{remaining}]{postfix}"
-            if stage.total_rows is not None
-            else "{desc} {n_fmt} rows [{elapsed}]{postfix}",
+            miniters=0,  # what is left changes also where no row has ended
+            bar_format=_bar_format(stage),
         )
 
     def show(self, stage: Stage) -> None:
         assert self._bar is not None
+        self._bar.bar_format = _bar_format(stage)
         self._bar.set_postfix_str(stage.figures(brief=True), refresh=False)
         self._bar.update(stage.rows - self._bar.n)
 
     def close(self, stage: Stage, complete: bool) -> None:
         assert self._bar is not None
+        self._bar.bar_format = _bar_format(stage)
         self._bar.set_postfix_str(stage.figures(brief=True), refresh=False)
         self._bar.refresh()
         self._bar.close()
@@ -181,6 +187,15 @@ class _Lines:
 
     def _print(self, *parts: str) -> None:
         print(", ".join(part for part in parts if part), file=self._stream, flush=True)
+
+
+def _bar_format(stage: Stage) -> str:
+    if stage.total_rows is None:
+        return "{desc} {n_fmt} rows [{elapsed}]{postfix}"
+    left = "?" if stage.seconds_left is None else tqdm.format_interval(stage.seconds_left)
+    return (
+        f"{{desc}} {{percentage:3.0f}}%|{{bar}}| {{n_fmt}}/{{total_fmt}} rows [{{elapsed}}<{left}]{{postfix}}"
+    )
 
 
 def _knows_its_width(terminal: TextIO) -> bool:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from batchllm.report.metrics import RunMetrics
 
+_WIDTH = 80
+_SHOWN_REASONS = 2
+
 
 def summary_text(metrics: RunMetrics, out_path: Path) -> str:
-    """At most 12 lines of at most 80 columns; only a long path makes a line longer."""
+    """At most 16 lines of at most 80 columns; only a long path makes a line longer."""
     lines = [
         _rows(metrics),
         f"prompt tokens  {_prompt_tokens(metrics)}",
@@ -20,9 +23,8 @@ def summary_text(metrics: RunMetrics, out_path: Path) -> str:
         f"KV cache       {_kv(metrics)}",
         f"memory         {_bytes(metrics.rss_peak_bytes)} at most",
         f"answers        {_snippet(out_path)}",
+        *_failed(metrics),
     ]
-    if metrics.rows_error:
-        lines.append("failed rows    finish_reason is 'error'; the column error says why")
     return "\n".join(lines)
 
 
@@ -31,6 +33,17 @@ def _rows(metrics: RunMetrics) -> str:
     if metrics.rows_resumed:
         text += f" ({metrics.rows_resumed:,} of them in earlier runs)"
     return text
+
+
+def _failed(metrics: RunMetrics) -> list[str]:
+    """How many rows failed for which of the commonest reasons; the rest are in the output."""
+    shown = list(metrics.errors.items())[:_SHOWN_REASONS]
+    texts = [f"{count:,}: {reason}" for reason, count in shown]
+    others = metrics.rows_error - sum(count for _, count in shown)
+    if others:
+        texts.append(f"{others:,}{' more' if shown else ''}: the column error says why")
+    lines = [f"{'' if number else 'failed rows':<15}{text}" for number, text in enumerate(texts)]
+    return [line if len(line) <= _WIDTH else line[: _WIDTH - 3].rstrip() + "..." for line in lines]
 
 
 def _prompt_tokens(metrics: RunMetrics) -> str:
@@ -110,7 +123,7 @@ def _snippet(out_path: Path) -> str:
     return f"polars.read_parquet({(shown / '*.parquet').as_posix()!r})"
 
 
-def _wrapped(label: str, words: list[str], width: int = 80) -> list[str]:
+def _wrapped(label: str, words: list[str], width: int = _WIDTH) -> list[str]:
     lines = [label.rstrip()]
     for word in words:
         if len(lines[-1]) + 1 + len(word) > width:

@@ -91,7 +91,7 @@ class World:
             self.kept,
             configuration=self.configuration,
             logprobs=Logprobs(self.logprobs),
-            fault_rows=(self.faults or {}).keys(),
+            faults=self.faults,
             part_rows=part_rows,
             flush_seconds=flush_seconds,
             resolved_job={"model": {"path": "m"}},

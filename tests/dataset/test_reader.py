@@ -95,6 +95,25 @@ def test_globs(tmp_path: Path, pattern: str, names: list[str], prefix: str) -> N
     assert [row["name"] for row in rows_of(opened(f"{prefix}{tmp_path}/{pattern}"))] == names
 
 
+def test_own_answers_are_left_out_and_nothing_else(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("rows", "out/part-00000", "out/deeper/rows"):
+        write_parquet(data / f"{name}.parquet", name=[name])
+    (data / "out" / "rows.csv").write_text("name\nx\n")
+    (tmp_path / "link").symlink_to(data, target_is_directory=True)
+
+    def found(path: Path | str, **options: Any) -> list[str]:
+        opened = open_input(InputSpec(path=str(path), **options), without=[tmp_path / "link" / "out"])
+        return [row["name"] for row in rows_of(opened)]
+
+    assert found(data, format="parquet") == ["out/deeper/rows", "rows"]
+    assert found(f"file://{data}/**/*.parquet") == ["out/deeper/rows", "rows"]
+    assert found(data / "out", format="csv") == ["x"]
+    assert found(data / "out" / "part-00000.parquet") == ["out/part-00000"]
+    with pytest.raises(InputError, match="left out, and so are the job's own answers"):
+        found(data / "out" / "*.parquet")
+
+
 def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
     write_parquet(tmp_path / "part[1].parquet", x=[1])
     assert rows_of(opened(tmp_path / "part[1].parquet")) == [{"x": 1}]

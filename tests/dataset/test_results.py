@@ -17,6 +17,7 @@ import pytest
 
 from batchllm.core import RequestResult
 from batchllm.dataset.columns import RowReader
+from batchllm.dataset.finish import final_parts
 from batchllm.dataset.results import ResultStore, check_output, claim_output
 from batchllm.durable import WriteFailed
 from batchllm.errors import JobError, OutputError
@@ -429,7 +430,7 @@ def test_a_changed_model_or_sampling(tmp_path: Path, change: dict, finished: boo
         assert (store.num_resumed, store.num_superseded) == (0, answered)
         assert store.notes[0].startswith(f"{answered} earlier answers no longer match")
         assert part_names(tmp_path) == []
-        aside = pl.read_parquet(tmp_path / "_run/superseded/*.parquet")
+        aside = pl.read_parquet(tmp_path / "_run/superseded/*/*.parquet")
         assert set(aside["output"]) <= {row[3] for row in WORLD.rows()}
         assert aside.height == answered
         changed.fill(store)
@@ -441,10 +442,10 @@ def test_only_the_latest_generation_is_kept_aside(tmp_path: Path) -> None:
     worlds = [replace(WORLD, configuration=name) for name in (b"first", b"second", b"third")]
     for world in worlds:
         world.run(tmp_path)
-    aside = pl.read_parquet(tmp_path / "_run/superseded/*.parquet")
+    aside = pl.read_parquet(tmp_path / "_run/superseded/*/*.parquet")
     assert set(aside["output"]) == {row[3] for row in worlds[1].rows()}
     worlds[2].run(tmp_path)  # nothing new is set aside, so nothing old is thrown away
-    assert pl.read_parquet(tmp_path / "_run/superseded/*.parquet").height == 35
+    assert pl.read_parquet(tmp_path / "_run/superseded/*/*.parquet").height == 35
 
 
 def test_changed_kept_columns_are_read_from_the_present_input(tmp_path: Path) -> None:
@@ -475,9 +476,11 @@ def test_errors_of_the_input_stay_and_others_are_tried_again(tmp_path: Path) -> 
         for request in (7, 8):
             store.add([RequestResult(request, None, (), "error", "out of memory", 3, 0)])
         assert store.num_errors == 4
+        assert store.errors.commonest() == {"out of memory": 2, "the prompt is empty": 1, "null": 1}
     with world.open(tmp_path) as store:
         assert np.flatnonzero(store.done).tolist() == [0, 1, 3, 5, 20]
         assert store.num_errors == 2
+        assert store.errors.commonest() == {"the prompt is empty": 1, "null": 1}
         assert store.notes == ["2 rows that failed in an earlier run are tried again"]
         assert not store.num_superseded
         world.fill(store)
@@ -538,21 +541,39 @@ def test_a_truncated_part(tmp_path: Path, size: int, finished: bool) -> None:
     assert read(tmp_path) == WORLD.rows()
 
 
-def test_a_damaged_page_is_found_when_the_part_is_read(tmp_path: Path) -> None:
-    with WORLD.open(tmp_path) as store:
-        WORLD.fill(store, 30)
-    part = tmp_path / "part-live-00001.parquet"
+def damage_a_page(part: Path) -> None:
     output = pq.read_metadata(part).row_group(0).column(2)
     data = bytearray(part.read_bytes())
     data[output.dictionary_page_offset + output.total_compressed_size - 3] ^= 1
     part.write_bytes(data)
+
+
+def test_a_damaged_page_is_found_when_the_part_is_read(tmp_path: Path) -> None:
+    with WORLD.open(tmp_path) as store:
+        WORLD.fill(store, 30)
+    damage_a_page(tmp_path / "part-live-00001.parquet")
     with pytest.raises(
-        OutputError, match=r"part-live-00001.parquet: was damaged.*run the same command again"
+        WriteFailed, match=r"part-live-00001.parquet: was damaged.*run the same command again"
     ):
         WORLD.run(tmp_path)
     store = WORLD.run(tmp_path)
     assert store.num_resumed == 25
     assert read(tmp_path) == WORLD.rows()
+
+
+def test_a_damaged_page_of_a_part_with_a_row_too_many(tmp_path: Path) -> None:
+    """It is set aside for that row, and then once more for the damage."""
+    with WORLD.open(tmp_path) as store:
+        WORLD.fill(store, 30)
+        gone = int(store.parts["part-live-00001.parquet"][4])
+    damage_a_page(tmp_path / "part-live-00001.parquet")
+    world = World([name for row, name in enumerate(WORLD.names) if row != gone])
+    with world.open(tmp_path) as store:
+        assert store.num_resumed == 20
+        assert part_names(tmp_path) == ["part-live-00000.parquet", "part-live-00002.parquet"]
+        world.fill(store)
+        store.finish()
+    assert read(tmp_path) == world.rows()
 
 
 # ---- whose folder it is
@@ -604,8 +625,9 @@ def test_results_of_another_job(tmp_path: Path, lose: str) -> None:
     with pytest.raises(OutputError, match="another job"):
         ResultStore.open(tmp_path, "other.parquet", WORLD.requests, WORLD.kept)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    check_output(tmp_path, "other.parquet", overwrite=True)
-    check_output(tmp_path, IDENTITY)
+    assert check_output(tmp_path, "other.parquet", overwrite=True)
+    assert not check_output(tmp_path, IDENTITY)
+    assert not check_output(tmp_path, IDENTITY, overwrite=True)
 
 
 def test_results_of_a_newer_version(tmp_path: Path) -> None:
@@ -616,9 +638,17 @@ def test_results_of_a_newer_version(tmp_path: Path) -> None:
         check_output(tmp_path, IDENTITY)
 
 
+def of_another_job(out: Path, configuration: bytes = b"model") -> None:
+    with ResultStore.open(
+        out, "other.parquet", WORLD.requests, WORLD.kept, configuration=configuration, part_rows=10
+    ) as store:
+        WORLD.fill(store)
+        store.finish()
+
+
 def test_overwrite(tmp_path: Path) -> None:
-    WORLD.run(tmp_path)
-    replace(WORLD, configuration=b"second").run(tmp_path)
+    of_another_job(tmp_path)
+    (tmp_path / "_run" / "superseded" / "00000").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "_run" / "metrics.json").write_text("{}")
     with WORLD.open(tmp_path, overwrite=True) as store:
@@ -630,6 +660,17 @@ def test_overwrite(tmp_path: Path) -> None:
         store.finish()
     assert read(tmp_path) == WORLD.rows()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    of_another_job(tmp_path)
+    with WORLD.open(tmp_path, overwrite=True) as store:
+        WORLD.fill(store, 12)
+    with WORLD.open(tmp_path, overwrite=True) as store:
+        assert store.num_resumed == 12
+        WORLD.fill(store)
+        store.finish()
+    assert read(tmp_path) == WORLD.rows()
 
 
 def test_other_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
@@ -645,6 +686,20 @@ def test_part_rows_have_a_bound(tmp_path: Path) -> None:
         with pytest.raises(JobError, match=r"output.part_rows: must be between 1 and 1,000,000"):
             WORLD.open(tmp_path / "out", part_rows=part_rows)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_parts_are_in_the_order_of_their_rows() -> None:
+    for count in (99_999, 100_000, 100_002):
+        assert sorted(final_parts(count, 1)) == list(final_parts(count, 1))
+    assert list(final_parts(100_000, 1))[-1] == "part-99999.parquet", "as ever, where five digits will do"
+
+
+@pytest.mark.parametrize("name", ["part-000003.parquet", "part-00004.parquet"])
+def test_a_result_with_other_names_is_named_anew(tmp_path: Path, name: str) -> None:
+    WORLD.run(tmp_path)
+    (tmp_path / "part-00003.parquet").rename(tmp_path / name)
+    assert WORLD.run(tmp_path).num_resumed == 35
+    assert part_names(tmp_path) == [f"part-0000{i}.parquet" for i in range(4)]
 
 
 # ---- rows in any order out of many chunks

@@ -41,7 +41,7 @@ def test_metrics_file(tmp_path: Path) -> None:
     assert set(
         "rows_ok rows_error rows_resumed prompt_tokens prompt_tokens_computed distinct_prompt_tokens output_tokens "
         "steps wall_seconds seconds kv_budget_bytes kv_peak_bytes rss_peak_bytes preemptions predicted versions "
-        "saved_fraction mean_output_tokens prompt_tokens_saved_by_reordering length_errors chunks".split()
+        "saved_fraction mean_output_tokens prompt_tokens_saved_by_reordering length_errors chunks errors".split()
     ) == set(found)
     assert (found["steps"], found["kv_peak_bytes"]) == (7, 5)
     assert found["seconds"]["run"] == 100.0
@@ -114,14 +114,31 @@ def test_summary() -> None:
         "KV cache       3.0 GiB of 4.0 GiB at most; 3 preemptions",
         "memory         812 MiB at most",
         "answers        polars.read_parquet('/data/answers/*.parquet')",
-        "failed rows    finish_reason is 'error'; the column error says why",
+        "failed rows    3: the column error says why",
     ]
+
+
+def test_summary_says_why_rows_failed() -> None:
+    def lines(**errors: int) -> list[str]:
+        text = summary_text(replace(METRICS, rows_error=1234, errors=errors), Path("/data"))
+        return text.splitlines()[7:]
+
+    assert lines(empty=1200, null=34) == ["failed rows    1,200: empty", "               34: null"]
+    assert lines(empty=1000, null=200, other=30) == [
+        "failed rows    1,000: empty",
+        "               200: null",
+        "               34 more: the column error says why",
+    ]
+    (long,) = lines(**{"a word " * 20: 1234})
+    assert long.startswith("failed rows    1,234: a word a") and long.endswith("...") and len(long) <= 80
 
 
 def test_summary_stays_on_a_screen() -> None:
     huge = {f"stage{i}": 12345.6 for i in range(12)}
-    text = summary_text(replace(METRICS, seconds=huge, prompt_tokens=10**12), Path("/out"))
-    assert len(text.splitlines()) <= 12
+    errors = {f"{number} " * 60: 1 for number in range(20)}
+    metrics = replace(METRICS, seconds=huge, prompt_tokens=10**12, errors=errors)
+    text = summary_text(metrics, Path("/out"))
+    assert len(text.splitlines()) <= 16
     assert max(map(len, text.splitlines())) <= 80
 
 

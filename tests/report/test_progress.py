@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
+import numpy as np
 import pytest
 
+from batchllm.core import SequenceResult
 from batchllm.report import progress as progress_module
+from batchllm.report.planned_tokens import PlannedTokens
 from batchllm.report.progress import Progress
 
 
@@ -57,6 +61,39 @@ def test_a_line_of_the_running_stage(clock: Clock) -> None:
         "run: 700 of 1,000 rows (70%), 1,000 tokens/s, 63% of prompt tokens saved, KV 70% full, 1 min 40 s left"
     )
     assert end.startswith("run: 700 of 1,000 rows (70%) in 1 min 40 s, 1,000 tokens/s")
+
+
+def test_what_is_left_is_told_by_tokens_before_the_first_row_has_ended(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream).stage("run", 1000, rows_done=400) as stage:
+        for tokens, rows in ((10_000, 400), (40_000, 990), (50_000, 990)):
+            clock.now += 50
+            stage.update(rows, prompt_tokens_done=tokens, total_tokens=45_000)
+    lines = [line.split(", ")[2:] for line in stream.getvalue().splitlines()]
+    # more came than was expected: nothing is said, rather than something below zero
+    assert lines == [["2 min 55 s left"], ["12.5 s left"], [], []]
+
+
+def test_a_bar_says_what_is_left_by_tokens() -> None:
+    stream = Terminal()
+    with Progress(stream=stream).stage("run", 10) as stage:
+        assert "<?]" in stream.getvalue()
+        stage._started -= 100
+        stage.update(0, prompt_tokens_done=1000, total_tokens=4000)
+        time.sleep(0.2)  # longer than a bar waits before it is drawn again
+        stage.update(0, prompt_tokens_done=1000, total_tokens=4000)
+        assert re.search(r"run +0%\|.*\| 0/10 rows \[00:00<05:0\d", stream.getvalue())
+
+
+def test_planned_tokens_are_mended_by_what_came() -> None:
+    planned = PlannedTokens(1000, np.array([100, 100, 50, 50]))
+    assert planned.total == 1300
+    planned.end([SequenceResult(0, (7,) * 20, "", "stop"), SequenceResult(2, (), "", "error", "too long")])
+    assert planned.total == 1000 + 20 + 150 * 20 / 100
+    planned.end([SequenceResult(1, (7,) * 40, "", "stop")])
+    assert planned.total == 1000 + 60 + 50 * 60 / 200
+    planned.end([SequenceResult(3, (7,) * 9, "", "stop")])
+    assert planned.total == 1069
 
 
 def test_rows_of_unknown_number(clock: Clock) -> None:
