@@ -135,7 +135,8 @@ class Scheduler:
             return False
         self._line.take()
         if not placed:
-            self.nodes.abandon(run.path, run.leaf)
+            for node, heir in self.nodes.abandon(run.path, run.leaf):
+                self._queue.pass_on(node, heir)
             needed = run.prompt_length + len(run.output)
             self.failed.append((run, f"{needed} tokens do not fit in KV memory; raise engine.kv_memory"))
             return True
