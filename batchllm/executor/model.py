@@ -72,6 +72,12 @@ class ModelRunner:
         stated = getattr(self.text_config, "max_position_embeddings", None)
         return int(stated) if stated else None
 
+    @property
+    def exact_length(self) -> int | None:
+        """`max_length`, or what the architecture is exact for, if that is less: no step may have a position beyond."""
+        lengths = [self.max_length, self.limit and self.limit.tokens]
+        return min((length for length in lengths if length), default=None)
+
     @torch.inference_mode()
     def forward(self, batch: StepBatch, attention: StepAttention) -> Tensor:
         """Logits of `batch.logit_rows`, [L, vocabulary], float32."""
