@@ -276,3 +276,12 @@ def test_repeated_steps_stay_within_the_length_of_the_model() -> None:
         scheduler.settle(batch, tokens, None, lambda run: len(run.output) >= run.limit)
     assert furthest <= most
     assert repeated >= 4
+
+
+def test_nothing_is_remembered_of_sequences_that_fail() -> None:
+    random = np.random.default_rng(6)
+    prompts = [random_text(random, 5), random_text(random, 40)]
+    params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, repetition_penalty=1.1)
+    outcome = run(llama()[1], prompts, params, kv_tokens=45, estimator=Constant(1))
+    assert "KV memory ran out" in str(outcome.results[1].error)
+    assert not outcome.engine.rules._histories
