@@ -85,7 +85,8 @@ def explain_job(
         lengths = LengthEstimator()
         with watch.time("plan"):
             requests = make_requests(prompts, None, b"")
-            draft = draft_plan(prompts, requests, np.ones(len(requests), dtype=bool), plan_options(job))
+            planning = plan_options(job, shape.max_length)
+            draft = draft_plan(prompts, requests, np.ones(len(requests), dtype=bool), planning)
             teach(lengths, past, prompts.params, draft.row_group)
             draft = draft.expecting(lengths.mean_total)
         with watch.time("forecast"):
@@ -120,7 +121,7 @@ def _memory(job: JobSpec, profile: DeviceProfile, shape: ModelShape, dtype: str)
     size = BYTES_PER_VALUE[dtype]
     budget = _kv_bytes(job, profile, shape.weight_bytes(size))
     step = step_tokens(job.engine.max_step_tokens, gpu=profile.memory_bytes is not None)
-    return SimulationOptions(budget // shape.kv_bytes_per_token(size), step)
+    return SimulationOptions(budget // shape.kv_bytes_per_token(size), step, max_length=shape.max_length)
 
 
 def _device(
@@ -140,7 +141,7 @@ def _device(
     if options.kv_tokens < 1:
         return replace(report, failed_sequences=plan.num_sequences)
     forecasts, failed = [], 0
-    for part in divided(plan, expected_outputs(plan, prompts, lengths), workers):
+    for part in divided(plan, expected_outputs(plan, prompts, lengths, shape.max_length), workers):
         simulation, outputs = simulate_plan(part, prompts, lengths, options)
         forecasts.append(forecast(simulation, outputs, part.num_sequences, shape, profile, dtype))
         failed += simulation.failed
@@ -164,7 +165,7 @@ def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:
 
 def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_reason: str) -> PlanReport:
     prompts, plan = case.prompts, case.plan
-    outputs = int(expected_outputs(plan, prompts, case.lengths).sum())
+    outputs = int(expected_outputs(plan, prompts, case.lengths, case.max_length).sum())
     history = case.job.plan.history
 
     def words(row: int, start: int, end: int) -> str:
