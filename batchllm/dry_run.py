@@ -82,7 +82,7 @@ def explain_job(
         prompts = refuse_unknown_tokens(prompts, shape.vocabulary)
         check_lengths(limit, longest_sequence(prompts), config.model_type)
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
-        lengths = LengthEstimator()
+        lengths = LengthEstimator(params=prompts.params)
         with watch.time("plan"):
             requests = make_requests(prompts, None, b"")
             planning = plan_options(job, shape.max_length)

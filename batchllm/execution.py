@@ -167,7 +167,7 @@ def _sample_runner(run: Execution) -> SampleRunner:
 def _known_lengths(run: Execution, groups: NDArray[np.int32]) -> LengthEstimator:
     """What earlier answers say about the next ones: of `plan.history`, and this job's own, a sample's included."""
     params = run.prompts.params
-    estimator = LengthEstimator(run.refreshed_lengths)
+    estimator = LengthEstimator(run.refreshed_lengths, params)
     with run.watch.time("plan"):
         run.store.flush()
         own = own_lengths(run.store.path, run.store.parts, run.requests.row)

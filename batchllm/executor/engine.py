@@ -82,7 +82,7 @@ class Engine:
             plan,
             prompts,
             self.pool,
-            estimator or LengthEstimator(),
+            estimator or LengthEstimator(params=prompts.params),
             options.max_step_tokens,
             model.exact_length,
             options.max_running,

@@ -52,7 +52,7 @@ def test_every_token_is_read_at_the_end_of_its_donors_and_in_its_own_node():
             items.append(TokenSpan(tokens, int(random.integers(1, len(tokens)))))
             if random.random() < 0.2:
                 items.append((tokens, SamplingParams(max_tokens=2)))
-        plan, table, reads = planned(items, int(random.integers(1, 9)))
+        plan, _, reads = planned(items, int(random.integers(1, 9)))
         node_of = {}
         for sequence, leaf in enumerate(plan.sequence_node.tolist()):
             for row in plan.request[plan.request_ptr[sequence] : plan.request_ptr[sequence + 1]].tolist():
