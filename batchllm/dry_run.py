@@ -22,7 +22,7 @@ from batchllm.dataset.reader import open_input
 from batchllm.dataset.reorder_gain import possible_reordering
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
-from batchllm.executor.gate import check_lengths
+from batchllm.executor.generation_config import generation_notes, load_generation_config
 from batchllm.executor.model_config import load_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
 from batchllm.forecast import (
@@ -36,7 +36,7 @@ from batchllm.forecast import (
 )
 from batchllm.history import past_lengths, teach
 from batchllm.job import JobSpec
-from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
+from batchllm.limits import ModelLimits, usable
 from batchllm.planner.auto_values import cpu_kv_bytes, step_tokens
 from batchllm.planner.explain import DeviceReport, PlanReport, biggest_prefixes, level_reports
 from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, ready_profile
@@ -78,9 +78,9 @@ def explain_job(
     with tempfile.TemporaryDirectory(prefix="batchllm-plan-") as work_dir:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, Path(work_dir), stage)
-        prompts = refuse_long_prompts(rows.prompts, shape.max_length)
-        prompts = refuse_unknown_tokens(prompts, shape.vocabulary)
-        check_lengths(limit, longest_sequence(prompts), config.model_type)
+        generation = load_generation_config(job.model.path, config)
+        limits = ModelLimits.of(config, limit, generation, tokenizer)
+        prompts = usable(rows.prompts, limits, tokenizer)
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         lengths = LengthEstimator(params=prompts.params)
         with watch.time("plan"):
@@ -99,7 +99,9 @@ def explain_job(
             )
         with watch.time("explain"):
             reordering = possible_reordering(job, data)
-            case = Situation(job, tokenizer, prompts, plan, lengths, shape.max_length, devices, reordering)
+            notes = tuple(generation_notes(generation, job.generate.model_fields_set))
+            room = shape.max_length
+            case = Situation(job, tokenizer, prompts, plan, lengths, room, devices, reordering, notes)
             report = _report(case, shape, computed_tokens(draft), reason)
     return replace(report, reordering_saves=rows.reordering_saves, seconds=watch.seconds())
 
