@@ -34,6 +34,7 @@ class Situation:
     max_length: int | None  # of the model
     devices: tuple[DeviceReport, ...]
     reordering: PossibleReordering | None = None  # what prompt.reorder could be, when the job has none
+    of_model: tuple[str, ...] = ()  # sentences about the model
 
 
 def advice(situation: Situation) -> tuple[str, ...]:
@@ -58,6 +59,10 @@ def _memory(case: Situation) -> Iterator[str]:
                 f"{device.failed_sequences:,} prompts do not fit in the KV memory of {device.name}; raise "
                 f"engine.kv_memory or shorten them."
             )
+
+
+def _model(case: Situation) -> Iterator[str]:
+    yield from case.of_model
 
 
 def _cut_answers(case: Situation) -> Iterator[str]:
@@ -135,6 +140,7 @@ def _order_of_fields(case: Situation) -> Iterator[str]:
 _RULES: tuple[Callable[[Situation], Iterator[str]], ...] = (
     _rows_without_prompt,
     _memory,
+    _model,
     _cut_answers,
     _variable_first,
     _differing_heads,

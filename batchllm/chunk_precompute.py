@@ -29,7 +29,7 @@ from batchllm.errors import JobError
 from batchllm.executor.model import ModelRunner
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.job import JobSpec
-from batchllm.limits import refuse_long_prompts
+from batchllm.limits import ModelLimits, usable
 from batchllm.report.progress import Progress
 from batchllm.report.sizes import size_text
 
@@ -78,7 +78,8 @@ def precompute_job(job: JobSpec, *, quiet: bool = False) -> PrecomputeSummary:
         rows = load_rows(job, data, tokenizer, work, stage)
         model = _load_model(job)
         assert rows.chunks is not None
-        prompts = refuse_long_prompts(rows.prompts, model.max_length)
+        limits = ModelLimits.of(model.config, model.limit, model.model.generation_config, tokenizer)
+        prompts = usable(rows.prompts, limits, tokenizer)
         limit = job.chunks.store_limit
         store = ChunkStore(
             job.chunks.store,

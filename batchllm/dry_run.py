@@ -22,7 +22,7 @@ from batchllm.dataset.reader import open_input
 from batchllm.dataset.reorder_gain import possible_reordering
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
-from batchllm.executor.gate import check_lengths
+from batchllm.executor.generation_config import generation_notes, load_generation_config
 from batchllm.executor.model_config import load_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
 from batchllm.forecast import (
@@ -36,7 +36,7 @@ from batchllm.forecast import (
 )
 from batchllm.history import past_lengths, teach
 from batchllm.job import JobSpec
-from batchllm.limits import longest_sequence, refuse_long_prompts, refuse_unknown_tokens
+from batchllm.limits import ModelLimits, usable
 from batchllm.planner.auto_values import cpu_kv_bytes, step_tokens
 from batchllm.planner.explain import DeviceReport, PlanReport, biggest_prefixes, level_reports
 from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, ready_profile
@@ -78,14 +78,15 @@ def explain_job(
     with tempfile.TemporaryDirectory(prefix="batchllm-plan-") as work_dir:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, Path(work_dir), stage)
-        prompts = refuse_long_prompts(rows.prompts, shape.max_length)
-        prompts = refuse_unknown_tokens(prompts, shape.vocabulary)
-        check_lengths(limit, longest_sequence(prompts), config.model_type)
+        generation = load_generation_config(job.model.path, config)
+        limits = ModelLimits.of(config, limit, generation, tokenizer)
+        prompts = usable(rows.prompts, limits, tokenizer)
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
-        lengths = LengthEstimator()
+        lengths = LengthEstimator(params=prompts.params)
         with watch.time("plan"):
             requests = make_requests(prompts, None, b"")
-            draft = draft_plan(prompts, requests, np.ones(len(requests), dtype=bool), plan_options(job))
+            planning = plan_options(job, shape.max_length)
+            draft = draft_plan(prompts, requests, np.ones(len(requests), dtype=bool), planning)
             teach(lengths, past, prompts.params, draft.row_group)
             draft = draft.expecting(lengths.mean_total)
         with watch.time("forecast"):
@@ -98,7 +99,9 @@ def explain_job(
             )
         with watch.time("explain"):
             reordering = possible_reordering(job, data)
-            case = Situation(job, tokenizer, prompts, plan, lengths, shape.max_length, devices, reordering)
+            notes = tuple(generation_notes(generation, job.generate.model_fields_set))
+            room = shape.max_length
+            case = Situation(job, tokenizer, prompts, plan, lengths, room, devices, reordering, notes)
             report = _report(case, shape, computed_tokens(draft), reason)
     return replace(report, reordering_saves=rows.reordering_saves, seconds=watch.seconds())
 
@@ -120,7 +123,7 @@ def _memory(job: JobSpec, profile: DeviceProfile, shape: ModelShape, dtype: str)
     size = BYTES_PER_VALUE[dtype]
     budget = _kv_bytes(job, profile, shape.weight_bytes(size))
     step = step_tokens(job.engine.max_step_tokens, gpu=profile.memory_bytes is not None)
-    return SimulationOptions(budget // shape.kv_bytes_per_token(size), step)
+    return SimulationOptions(budget // shape.kv_bytes_per_token(size), step, max_length=shape.max_length)
 
 
 def _device(
@@ -140,7 +143,7 @@ def _device(
     if options.kv_tokens < 1:
         return replace(report, failed_sequences=plan.num_sequences)
     forecasts, failed = [], 0
-    for part in divided(plan, expected_outputs(plan, prompts, lengths), workers):
+    for part in divided(plan, expected_outputs(plan, prompts, lengths, shape.max_length), workers):
         simulation, outputs = simulate_plan(part, prompts, lengths, options)
         forecasts.append(forecast(simulation, outputs, part.num_sequences, shape, profile, dtype))
         failed += simulation.failed
@@ -164,7 +167,7 @@ def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:
 
 def _report(case: Situation, shape: ModelShape, computed: ComputedTokens, order_reason: str) -> PlanReport:
     prompts, plan = case.prompts, case.plan
-    outputs = int(expected_outputs(plan, prompts, case.lengths).sum())
+    outputs = int(expected_outputs(plan, prompts, case.lengths, case.max_length).sum())
     history = case.job.plan.history
 
     def words(row: int, start: int, end: int) -> str:

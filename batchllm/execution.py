@@ -101,10 +101,11 @@ def answer_all(run: Execution) -> None:
 
     run.model = run.model or load_checked_model(job, run.watch, run.placement)
     _open_chunks(run)
+    max_length = run.model.model.max_length
     hopeless, reason = too_long(prompts, requests, candidates.pending(store.done), run.model.kv_tokens)
     run.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])
     with run.watch.time("plan"):
-        draft = draft_plan(prompts, requests, candidates.pending(store.done), plan_options(job))
+        draft = draft_plan(prompts, requests, candidates.pending(store.done), plan_options(job, max_length))
         run.distinct_tokens = draft.tree.distinct_tokens
         groups = draft.row_group
         first = _first(draft, job.plan.sample_rows)
@@ -115,7 +116,7 @@ def answer_all(run: Execution) -> None:
         for requested, file in ((first, "plan-sample.parquet"), (~first, "plan.parquet")):
             with run.watch.time("plan"):
                 todo = requested & candidates.pending(store.done)
-                draft = draft_plan(prompts, requests, todo, plan_options(job, groups))
+                draft = draft_plan(prompts, requests, todo, plan_options(job, max_length, groups))
             _carry_out(run, draft, _known_lengths(run, groups), file)
     _finish_sample(run)
 
@@ -167,7 +168,8 @@ def _sample_runner(run: Execution) -> SampleRunner:
 
 def _known_lengths(run: Execution, groups: NDArray[np.int32]) -> LengthEstimator:
     """What earlier answers say about the next ones: of `plan.history`, and this job's own, a sample's included."""
-    estimator, params = LengthEstimator(run.refreshed_lengths), run.prompts.params
+    params = run.prompts.params
+    estimator = LengthEstimator(run.refreshed_lengths, params)
     with run.watch.time("plan"):
         run.store.flush()
         own = own_lengths(run.store.path, run.store.parts, run.requests.row)
@@ -222,7 +224,8 @@ def _carry_out(run: Execution, draft: PlanDraft, lengths: LengthEstimator, file:
     job, (model, kv_tokens) = run.job, run.model
     with run.watch.time("plan"), run.progress.stage("planning", len(draft.sequences.request)) as stage:
         on_gpu = run.placement.gpu is not None
-        memory = SimulationOptions(kv_tokens, step_tokens(job.engine.max_step_tokens, gpu=on_gpu))
+        step = step_tokens(job.engine.max_step_tokens, gpu=on_gpu)
+        memory = SimulationOptions(kv_tokens, step, max_length=model.max_length)
         model_fingerprint = fingerprint(job.model.path, job.model.quantize)
         draft = draft.expecting(lengths.mean_total)
         plan, reason = plan_for_model(model, model_fingerprint, draft, job.engine.order, memory)

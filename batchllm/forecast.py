@@ -18,6 +18,7 @@ from batchllm.planner.hardware import BYTES_PER_VALUE, DeviceProfile, cpu_profil
 from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.model_shape import ModelShape, model_shape
 from batchllm.planner.ordering import OrderName
+from batchllm.planner.output_limits import output_limits
 from batchllm.planner.plan import PlanDraft, PlanOptions, arrange
 from batchllm.planner.simulate import Simulation, SimulationOptions, simulate
 
@@ -71,13 +72,16 @@ def simulate_plan(
     plan: Plan, prompts: PromptTable, estimator: LengthEstimator, options: SimulationOptions
 ) -> tuple[Simulation, int]:
     """The steps of a run whose outputs are all as long as is expected, and how many tokens those are."""
-    outputs = expected_outputs(plan, prompts, estimator)
+    outputs = expected_outputs(plan, prompts, estimator, options.max_length)
     return simulate(plan, outputs, options), int(outputs.sum())
 
 
-def expected_outputs(plan: Plan, prompts: PromptTable, estimator: LengthEstimator) -> IntArray:
-    """[sequences] tokens."""
-    limits = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
+def expected_outputs(
+    plan: Plan, prompts: PromptTable, estimator: LengthEstimator, max_length: int | None
+) -> IntArray:
+    """[sequences] tokens. `max_length`: of the model."""
+    prompt_length = plan.node_end[plan.sequence_node]
+    limits = output_limits(prompts, plan.sequence_params, prompt_length, max_length)
     return estimator.mean_total(plan.sequence_params, limits, plan.sequence_group)
 
 
@@ -87,12 +91,15 @@ def combined_figures(forecasts: Sequence[Forecast | None]) -> dict[str, float]:
     return reduce(Forecast.then, known).figures() if known and len(known) == len(forecasts) else {}
 
 
-def plan_options(job: JobSpec, row_group: NDArray[np.int32] | None = None) -> PlanOptions:
-    """How a job is planned, by a run and by `batchllm plan` alike."""
+def plan_options(
+    job: JobSpec, max_length: int | None, row_group: NDArray[np.int32] | None = None
+) -> PlanOptions:
+    """How a job is planned, by a run and by `batchllm plan` alike. `max_length`: of the model."""
     shortest = job.engine.min_shared_tokens
     return PlanOptions(
         min_shared_tokens=shortest if isinstance(shortest, int) else PlanOptions.min_shared_tokens,
         row_group=row_group,
+        max_length=max_length,
     )
 
 
@@ -169,7 +176,9 @@ def forecast_run(
 
     from batchllm.executor.profile_cache import calibrated_profile
 
-    memory = SimulationOptions(options.kv_tokens, options.max_step_tokens, options.max_running)
+    memory = SimulationOptions(
+        options.kv_tokens, options.max_step_tokens, options.max_running, model.max_length
+    )
     simulation, outputs = simulate_plan(plan, prompts, estimator, memory)
     shape, dtype = model_shape(model.text_config), str(model.dtype).removeprefix("torch.")
 

@@ -76,17 +76,27 @@ def teach(
 ) -> None:
     """Lets the estimator know these lengths. `row_group`: the group of each row of this job.
 
-    With `params_of` (this job's own rows) an answer stands for the parameters of its row, else for every parameter
-    set. An answer that was cut off at its limit is taken to go on to the new one, if that is larger.
+    With `params_of` (this job's own rows) an answer stands for the parameters of its row, else for those of every kind.
+    An answer that was cut off at its limit is taken to go on to the new one, if that is larger.
     """
     if past is None:
         return
     group = np.where(past.row >= 0, row_group[past.row], NO_GROUP)
-    for index, one in enumerate(params):
-        mine = np.ones(len(past.row), dtype=np.bool_) if params_of is None else params_of[past.row] == index
-        going_on = past.cut & (past.tokens < one.max_tokens)
-        tokens = np.where(going_on, one.max_tokens, np.minimum(past.tokens, one.max_tokens))
-        estimator.observe(index, tokens[mine], group[mine])
+    most = np.array([one.max_tokens for one in params], dtype=np.int64)
+    if params_of is not None:
+        own = params_of[past.row]
+        estimator.observe_all(own, _under(past, most[own]), group)
+        return
+    kind = estimator.kinds(np.arange(len(params)))
+    by_limit = np.lexsort((most, kind))
+    for index in by_limit[np.flatnonzero(np.diff(kind[by_limit], append=-1))].tolist():
+        estimator.observe(index, _under(past, most[index]), group)
+
+
+def _under(past: PastLengths, most: IntArray) -> IntArray:
+    """The lengths [answers], were these the limits."""
+    going_on = past.cut & (past.tokens < most)
+    return np.where(going_on, most, np.minimum(past.tokens, most))
 
 
 def _read(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,20 +21,14 @@ from batchllm.dataset.load import prompts_from_list
 from batchllm.dataset.prompts import Prompt, conversation_prompts
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.executor.device import choose_device, this_machine
-from batchllm.executor.gate import check_lengths
-from batchllm.executor.grammars import refuse_impossible_structures
+from batchllm.executor.generation_config import generation_notes
 from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.executor.quantize import check_quantization
 from batchllm.executor.ready_model import load_ready_model
 from batchllm.executor.trace import StepTrace
 from batchllm.job_values import parse_bytes
-from batchllm.limits import (
-    longest_sequence,
-    refuse_long_prompts,
-    refuse_unknown_params,
-    refuse_unknown_tokens,
-)
+from batchllm.limits import ModelLimits, usable
 from batchllm.llm_outputs import CompletionOutput, RequestOutput, completion_of, outputs_of, text_of
 from batchllm.llm_params import SamplingParams
 from batchllm.planner.plan import PlanOptions
@@ -77,6 +70,11 @@ class LLM:
         config, _ = load_config(str(model), trust_remote_code)
         placement = choose_device(_device(device), weight_bytes(config, dtype), this_machine())
         self._model = load_ready_model(str(model), dtype, trust_remote_code, placement, quantize)
+        generation_config = self._model.model.generation_config
+        for note in generation_notes(generation_config, section="SamplingParams"):
+            warnings.warn(note, stacklevel=2)
+        limits = self._model.config, self._model.limit, generation_config
+        self._limits = ModelLimits.of(*limits, self._tokenizer)
         memory = parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
         self._run_options = RunOptions(memory, max_step_tokens, PlanOptions(min_shared_tokens))
         self.last_run: TableRun | None = None  # of score_and_generate: what it shared
@@ -176,14 +174,9 @@ class LLM:
     ) -> tuple[list[Score], list[CompletionOutput]]:
         """Texts to score and prompts to continue, planned together and run once; an item that is text is the reason
         why there is none. Scores of the spans (and reasons) in order, first answers of the prompts in order."""
-        vocabulary = self._model.vocab_size
-        table, scored = mixed_table(items, self._model.max_length, vocabulary)
-        generated = scored.first < 0
-        prompts = refuse_unknown_tokens(table, vocabulary)
-        long = refuse_long_prompts(table, self._model.max_length).faults
-        faults = {row: reason for row, reason in long.items() if generated[row]} | dict(prompts.faults)
-        prompts = replace(prompts, faults=faults)
-        check_lengths(self._model.limit, longest_sequence(prompts), self._model.model_type)
+        table, scored = mixed_table(items, self._model.exact_length, self._model.vocab_size)
+        self._check_needs_no_tokenizer(table)
+        prompts = usable(table, self._limits, self._tokenizer, scored.first >= 0)
         requests = make_requests(prompts, None, b"")
         first = np.searchsorted(requests.row, np.arange(len(items)))
         answers: dict[int, RequestResult] = {}
@@ -206,16 +199,13 @@ class LLM:
 
     @property
     def max_length(self) -> int:
-        """Most tokens that the model reads at once; 2048 where it does not say, as in lm-evaluation-harness."""
-        return self._model.max_length or 2048
+        """Most tokens that the model reads at once and is exact for; 2048 where it does not say, as in
+        lm-evaluation-harness."""
+        return self._model.exact_length or 2048
 
     def _answer(self, many: list[Any], table: PromptTable, use_tqdm: bool) -> list[RequestOutput]:
-        prompts = refuse_long_prompts(table, self._model.max_length)
-        prompts = refuse_unknown_tokens(prompts, self._model.text_config.vocab_size)
-        prompts = refuse_unknown_params(prompts, self._model.text_config.vocab_size)
-        self._check_needs_no_tokenizer(prompts)
-        prompts = refuse_impossible_structures(prompts, self._tokenizer, self._model.text_config.vocab_size)
-        check_lengths(self._model.limit, longest_sequence(prompts), self._model.model_type)
+        self._check_needs_no_tokenizer(table)
+        prompts = usable(table, self._limits, self._tokenizer)
         requests = make_requests(prompts, None, b"")
         candidates = Candidates(prompts, requests, None, b"")
         none = np.zeros(len(requests), dtype=bool)
@@ -230,8 +220,9 @@ class LLM:
         return outputs_of(many, prompts, requests, answers)
 
     def _check_needs_no_tokenizer(self, prompts: PromptTable) -> None:
-        if self._tokenizer is None and any(params.bad_words or params.structure for params in prompts.params):
-            raise ValueError("bad_words, choice, regex, json_schema and grammar need a tokenizer")
+        needed = any(params.stop or params.bad_words or params.structure for params in prompts.params)
+        if self._tokenizer is None and needed:
+            raise ValueError("stop, bad_words, choice, regex, json_schema and grammar need a tokenizer")
 
 
 def _device(name: str) -> str:

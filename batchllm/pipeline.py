@@ -20,18 +20,12 @@ from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
 from batchllm.execution import Execution, answer_all, load_before_opening
-from batchllm.executor.gate import check_lengths
-from batchllm.executor.grammars import refuse_impossible_structures
+from batchllm.executor.generation_config import generation_notes, load_generation_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
 from batchllm.forecast import combined_figures
 from batchllm.history import past_lengths
 from batchllm.job import JobSpec
-from batchllm.limits import (
-    longest_sequence,
-    refuse_long_prompts,
-    refuse_unknown_params,
-    refuse_unknown_tokens,
-)
+from batchllm.limits import ModelLimits, usable
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes
@@ -76,6 +70,9 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
 
         figures = run_score_job(job, config, limit, placement, overwrite=overwrite, quiet=quiet)
         return _summary_of(job.output.path, *figures)
+    generation = load_generation_config(job.model.path, config)
+    for note in generation_notes(generation, job.generate.model_fields_set):
+        progress.note(note)
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     data = open_input(job.input, job.source, job.output.folders)
     validate_columns(job, data.schema)
@@ -91,11 +88,8 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     with claim_output(job.output.path, identity, overwrite) as claim:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, claim.work_dir, stage)
-        prompts = refuse_long_prompts(rows.prompts, _text_size(config, "max_position_embeddings"))
-        prompts = refuse_unknown_tokens(prompts, _text_size(config, "vocab_size"))
-        prompts = refuse_unknown_params(prompts, _text_size(config, "vocab_size"))
-        prompts = refuse_impossible_structures(prompts, tokenizer, _text_size(config, "vocab_size") or 0)
-        check_lengths(limit, longest_sequence(prompts), config.model_type)
+        limits = ModelLimits.of(config, limit, generation, tokenizer)
+        prompts = usable(rows.prompts, limits, tokenizer)
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         configuration = _configuration(job)
         requests = make_requests(prompts, rows.ids, configuration)
@@ -190,10 +184,6 @@ def _configuration(job: JobSpec) -> bytes:
             "store": str(job.chunks.store)
         }
     return json.dumps(decisive).encode()
-
-
-def _text_size(config: Any, name: str) -> int | None:
-    return getattr(config.get_text_config(), name, None)
 
 
 def _chunk_figures(run: Execution) -> dict[str, Any]:

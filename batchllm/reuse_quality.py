@@ -69,7 +69,7 @@ class SampleRunner:
         from batchllm.executor.engine import Engine
         from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 
-        plan = build_plan(self.prompts, self.requests, chosen, plan_options(self.job))
+        plan = build_plan(self.prompts, self.requests, chosen, plan_options(self.job, self.model.max_length))
         if not plan.num_sequences:
             return {}
         end = end_of_sequence_ids(self.model.model.generation_config, self.tokenizer)

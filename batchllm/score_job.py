@@ -17,7 +17,7 @@ from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
 from batchllm.execution import load_before_opening, load_checked_model
-from batchllm.executor.gate import check_lengths
+from batchllm.executor.gate import LengthLimit, beyond
 from batchllm.executor.model_folder import fingerprint
 from batchllm.job import JobSpec
 from batchllm.report.metrics import RunMetrics, write_metrics
@@ -35,7 +35,7 @@ _LENGTH_UNKNOWN = 2048  # of a model that does not state how much it reads, as i
 
 
 def run_score_job(
-    job: JobSpec, config: Any, limit: Any, placement: Any, *, overwrite: bool, quiet: bool
+    job: JobSpec, config: Any, limit: LengthLimit | None, placement: Any, *, overwrite: bool, quiet: bool
 ) -> tuple[RunMetrics, bool]:
     """(figures, whether Ctrl-C ended it early). Raises UserError, with nothing written, when it cannot start."""
     assert job.score is not None
@@ -46,11 +46,13 @@ def run_score_job(
     data = score_input(job, open_input(job.input, job.source, job.output.folders))
     text_config = config.get_text_config()
     max_length = getattr(text_config, "max_position_embeddings", None) or _LENGTH_UNKNOWN
+    if limit is not None and limit.tokens < max_length:
+        max_length = limit.tokens
+        progress.note(f"{beyond(limit, config.model_type)}: it reads no more at once")
     identity = json.dumps({"input": job.input.path, "format": job.input.format, "score": True})
     with claim_output(job.output.path, identity, overwrite) as claim:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows):
             rows = load_score_rows(job, data, tokenizer, claim.work_dir, max_length, text_config.vocab_size)
-        check_lengths(limit, _longest(rows, max_length), config.model_type)
         configuration = _configuration(job, prefix, max_length)
         requests = make_requests(rows.prompts, rows.ids, configuration)
         loaded = load_before_opening(job, rows.prompts, requests, claim, watch, placement)
@@ -193,12 +195,6 @@ def _prefix_token(tokenizer: Any, job: JobSpec) -> int:
                 f"{job.source}: score.rolling: {error}, and a document is scored after one"
             ) from None
         return -1
-
-
-def _longest(rows: ScoreRows, max_length: int) -> int:
-    lengths = np.diff(rows.prompts.offsets)
-    lengths[list(rows.prompts.faults)] = 0
-    return int(min(lengths.max(initial=0), max_length))
 
 
 def _configuration(job: JobSpec, prefix: int, max_length: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,8 @@ class TableRun:
         kv_tokens = kv_token_budget(self._model, self._options.kv_memory, self._options.max_step_tokens)
         hopeless, reason = too_long(prompts, requests, pending, kv_tokens)
         yield [error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)]
-        plan = build_plan(prompts, requests, pending & ~hopeless, self._options.plan)
+        options = replace(self._options.plan, max_length=self._model.max_length)
+        plan = build_plan(prompts, requests, pending & ~hopeless, options)
         if not plan.num_sequences:
             return
         if self._scored is not None:

@@ -95,7 +95,9 @@ def _measure(model: ModelRunner, name: str) -> dict[str, Any]:
     for _ in engine.run():
         pass
     took = calibrate._clock() - started
-    memory = SimulationOptions(options.kv_tokens, options.max_step_tokens, options.max_running)
+    memory = SimulationOptions(
+        options.kv_tokens, options.max_step_tokens, options.max_running, model.max_length
+    )
     simulation, outputs = simulate_plan(plan, prompts, LengthEstimator(), memory)
     dtype = str(model.dtype).removeprefix("torch.")
     planned = forecast(simulation, outputs, plan.num_sequences, shape, profile, dtype)

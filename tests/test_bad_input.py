@@ -128,6 +128,24 @@ def test_token_that_the_model_does_not_know(tmp_path: Path) -> None:
     check_errors(bad, "token id 262; the model knows 262 tokens")
 
 
+def test_tokens_that_only_the_tokenizer_knows_ban_nothing(tmp_path: Path) -> None:
+    """A word of such a token, a stop token and an end of text beyond the vocabulary: they never come anyway."""
+    model = save_model(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<<new>>"])
+    tokenizer.save_pretrained(model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 128_009]}))
+    rows = [
+        {"id": "0", "prompt": GOOD[0], "words": ["<<new>>"], "ends": [1], "least": 0},
+        {"id": "1", "prompt": GOOD[0], "words": ["q"], "ends": [128_010], "least": 1},
+        {"id": "2", "prompt": GOOD[1], "words": ["q"], "ends": [1], "least": 2},
+    ]
+    columns = {"bad_words": "words", "stop_token_ids": "ends", "min_tokens": "least"}
+    generate = {name: {"column": column} for name, column in columns.items()}
+    code = exit_code_of("run", make_job(tmp_path / "job", model, rows, generate=generate), "--quiet")
+    assert code == 0, read_output(tmp_path / "job" / "out")["error"].to_list()
+
+
 def test_everything_at_once_and_again(model_folder: Path, tmp_path: Path) -> None:
     prompts = [None, "", "x" * 600, "fine"]
     bad = run_rows(tmp_path, model_folder, [*prompts, "y" * 700])
@@ -199,23 +217,40 @@ def test_a_bad_model_leaves_the_results_of_another_job_alone(
 
 
 @pytest.mark.parametrize(
-    ("make_config", "reason"),
-    [(llama4, "chunked attention"), (longrope, "longrope RoPE"), (dynamic_rope, "dynamic RoPE")],
+    ("make_config", "reason"), [(llama4, "chunked attention"), (longrope, "longrope RoPE")]
 )
-def test_a_model_beyond_the_length_it_is_exact_for(
+def test_a_row_beyond_the_length_that_the_model_is_exact_for(
     tmp_path: Path, make_config: Any, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """An error of its own; the job is refused where no row is left."""
     config = make_config()
-    model = tmp_path / "model"
-    make_model(config).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+    model = saved(tmp_path / "model", config)
     # The tokenizer writes single bytes, and these models know 97 tokens: digits are among them.
-    short, long = {"id": "a", "prompt": "12"}, {"id": "b", "prompt": "1" * 44}
-    job = make_job(tmp_path / "long", model, [short, long])
-    sentence = refused(job, capfd)
-    assert f"model type {config.model_type} " in sentence
-    assert reason in sentence
-    assert exit_code_of("run", make_job(tmp_path / "short", model, [short]), "--quiet") == 0
+    rows = [{"id": str(n), "prompt": prompt} for n, prompt in enumerate(["12", "1" * 44, None, "3"])]
+    assert exit_code_of("run", make_job(tmp_path / "mixed", model, rows), "--quiet") == 3
+    short, long, empty, other = read_output(tmp_path / "mixed" / "out")["error"]
+    assert short is None and other is None and empty == "column `prompt` is null"
+    assert long.startswith("prompt and max_tokens come to 52 tokens; model type ")
+    assert "exact only up to 48 tokens" in long and reason in long
+    assert long.endswith("shorten the prompt or lower generate.max_tokens")
+    sentence = refused(make_job(tmp_path / "long", model, rows[1:3]), capfd)
+    assert f"model type {config.model_type} is exact only up to 48 tokens" in sentence
+    assert "this job needs up to 52" in sentence
+
+
+def test_a_model_that_is_exact_up_to_its_own_length_refuses_no_row(tmp_path: Path) -> None:
+    """Outputs end there, whatever max_tokens is."""
+    model = saved(tmp_path / "model", dynamic_rope())
+    rows = [{"id": "0", "prompt": "12"}, {"id": "1", "prompt": "1" * 44}]
+    job = make_job(tmp_path / "job", model, rows, generate={"max_tokens": 400, "ignore_eos": True})
+    assert exit_code_of("run", job, "--quiet") == 0
+    assert read_output(tmp_path / "job" / "out")["output_tokens"].list.len().to_list() == [46, 4]
+
+
+def saved(folder: Path, config: Any) -> Path:
+    make_model(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def test_a_model_type_that_is_never_exact(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from batchllm.chunkcache import store as store_module
 from tests.jobs import exit_code_of, read_metrics, read_output, texts
 from tests.test_chunks_run import PASSAGES, ROWS, copied, plain_answers, precompute, rag_job, rag_rows, run
+from tests.tiny_tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,16 @@ def test_a_store_of_another_model_and_format_can_hold_this_one_s_chunks_too(
     assert run(job, *other, "--overwrite") == 0
     assert read_metrics(tmp_path / "job" / "out")["chunks"]["exact_tokens"] > 100
     assert len(ROWS) == read_metrics(tmp_path / "job" / "out")["rows_ok"]
+
+
+def test_rows_that_a_run_refuses_are_not_precomputed(tmp_path: Path, model_folder: Path, capfd: Any):
+    """Here for a token that only the tokenizer knows."""
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<<new>>"])
+    tokenizer.save_pretrained(model)
+    rows = rag_rows([[0, 1], [1, 2]])
+    rows[1]["question"] = "a <<new>> word"
+    job = rag_job(tmp_path / "job", model, rows)
+    assert exit_code_of("precompute", job) == 3
+    assert "1 rows were left out; the first: row 1: the prompt has the token id 262" in capfd.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from batchllm.planner.plan_file import read_plan
-from tests.jobs import exit_code_of, make_job, questions, read_metrics, write_rows
+from tests.jobs import exit_code_of, make_job, questions, read_metrics, read_output, write_rows
 from tests.tiny_tokenizer import byte_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -266,6 +266,51 @@ def test_weights_that_do_not_fit(
     output = capsys.readouterr().out
     assert "weights do not fit on L40S" in " ".join(output.split())
     assert re.search(r"L40S +no room: the weights take [\d.,]+ GiB", output)
+
+
+def test_a_plan_refuses_the_rows_that_the_run_refuses(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For what they ask for, too."""
+    rows = [
+        {"id": str(number), "prompt": f"{number}?", "tokens": tokens, "pattern": pattern}
+        for number, (tokens, pattern) in enumerate(
+            [([65], "A*"), ([70_000], "A*"), ([65], "a(b"), ([66], "B+")]
+        )
+    ]
+    generate = {"allowed_token_ids": {"column": "tokens"}, "regex": {"column": "pattern"}}
+    job = make_job(tmp_path, model_folder, rows, generate=generate)
+    found = plan(job, capsys)
+    assert found["faulty_rows"] == 2
+    assert any("2 rows cannot be answered" in warning for warning in found["warnings"])
+    assert exit_code_of("run", job, "--quiet") == 3
+    errors = read_output(tmp_path / "out")["error"].to_list()
+    assert [error is None for error in errors].count(False) >= 2
+    assert errors[1].startswith("generate.allowed_token_ids names token 70,000")
+    assert errors[2].startswith("generate.regex cannot be used")
+
+
+def test_what_the_generation_config_would_do_is_said(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a run and in it, unless the job says how it wants it."""
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    stated = {"repetition_penalty": 1.05, "suppress_tokens": [5, 6], "forced_eos_token_id": 0}
+    (model / "generation_config.json").write_text(json.dumps({**stated, "temperature": 0.7, "top_k": 20}))
+    job = make_job(tmp_path / "job", model, questions(3))
+    sentences = [
+        "The model's generation_config.json has a repetition_penalty of 1.05, which transformers' generate applies "
+        "and BatchLLM does not; generate.repetition_penalty sets it.",
+        "The model's generation_config.json has a suppress_tokens, which transformers' generate applies and "
+        "BatchLLM does not; generate.logit_bias sets it.",
+        "The model's generation_config.json has a forced_eos_token_id of 0, which transformers' generate applies and "
+        "BatchLLM does not; there is no parameter for it.",
+    ]
+    assert plan(job, capsys)["warnings"] == sentences
+    assert exit_code_of("run", job) == 0
+    said = capsys.readouterr().err
+    assert all(sentence in said for sentence in sentences)
+    assert plan(job, capsys, "--set", "generate.repetition_penalty=1")["warnings"] == sentences[1:]
 
 
 # ---- a real set

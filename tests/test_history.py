@@ -97,3 +97,16 @@ def test_folders_that_are_no_history(tmp_path):
     (tmp_path / "other.parquet").write_bytes(b"torn")
     with pytest.raises(JobError, match="does not hold the answers of an earlier run"):
         past_lengths(tmp_path, "job")
+
+
+def test_many_sets_of_parameters_are_taught_together(tmp_path):
+    """Those that differ in their seed alone once, and what is one more kind with the largest of its limits."""
+    write_answers(tmp_path / "part-00000.parquet", [10, 64] * 500, ["stop", "length"] * 500)
+    past = past_lengths(tmp_path, "job")
+    params = tuple(SamplingParams(max_tokens=200, seed=seed) for seed in range(20_000))
+    params += tuple(SamplingParams(max_tokens=limit, min_p=0.5) for limit in range(1, 1000))
+    estimator = LengthEstimator(params=params)
+    teach(estimator, past, params, np.zeros(1, dtype=np.int32))
+    assert mean(estimator, 200) == mean(estimator, 200, params=19_999) == 105
+    assert mean(estimator, 999, params=len(params) - 1) == round((10 + 999) / 2)
+    assert mean(estimator, 90, params=len(params) - 910) == 50

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import batchllm
 from batchllm import LLM, SamplingParams
 from batchllm.errors import ModelError, UserError
+from batchllm.scoring import TokenSpan
 from tests.executor.test_gate import longrope
 from tests.executor.tiny_models import make_model
 from tests.tiny_tokenizer import byte_tokenizer
@@ -192,3 +195,47 @@ def test_models_that_cannot_be_exact_are_refused(tmp_path: Path) -> None:
 def test_a_missing_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no folder"):
         LLM(model=str(tmp_path / "nowhere"))
+
+
+def test_one_long_prompt_does_not_stop_the_others(tmp_path: Path) -> None:
+    make_model(longrope()).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    llm = LLM(model=str(tmp_path))
+    short, long = llm.generate([[5] * 40, [5] * 43], GREEDY, use_tqdm=False)
+    assert short.outputs[0].error is None
+    assert "exact only up to 48 tokens" in str(long.outputs[0].error)
+    spans = [TokenSpan([5] * 49, 1), TokenSpan([5] * 50, 1)]
+    scores, answers = llm.score_and_generate([*spans, ([5] * 43, GREEDY)], use_tqdm=False)
+    assert scores[0].error is None and "at most 49" in str(scores[1].error)
+    assert "exact only up to 48 tokens" in str(answers[0].error)
+    [score] = llm.score_documents([[5] * 100], 6, use_tqdm=False)  # in windows that it is exact for
+    assert score.error is None and len(score.token_ids) == 100
+
+
+def test_rows_that_cannot_be_are_refused_beside_scores_too(llm: LLM) -> None:
+    prompt = byte_tokenizer()(PROMPTS[0])["input_ids"]
+    wrong = [{"allowed_token_ids": [70_000]}, {"regex": "a(b"}, {"stop_token_ids": [70_000], "min_tokens": 1}]
+    items = [(prompt, SamplingParams(temperature=0.0, max_tokens=3, **params)) for params in wrong]
+    scores, answers = llm.score_and_generate([TokenSpan([*prompt, 9], 4), *items], use_tqdm=False)
+    assert scores[0].error is None
+    assert "generate.allowed_token_ids names token 70,000" in str(answers[0].error)
+    assert str(answers[1].error).startswith("generate.regex cannot be used")
+    assert answers[2].error is None
+
+
+def test_without_tokenizer_no_texts_that_end_an_answer(model_folder: Path) -> None:
+    llm = LLM(model=str(model_folder), skip_tokenizer_init=True, kv_memory="1MiB")
+    for params in (SamplingParams(stop=["."]), SamplingParams(bad_words=["x"])):
+        with pytest.raises(ValueError, match=r"stop, bad_words, .* need a tokenizer"):
+            llm.generate([[5, 6, 7]], params, use_tqdm=False)
+        with pytest.raises(ValueError, match="need a tokenizer"):
+            llm.score_and_generate([([5, 6, 7], params)], use_tqdm=False)
+
+
+def test_what_the_generation_config_would_do_is_said(model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
+    with pytest.warns(
+        UserWarning, match=r"a repetition_penalty of 1\.05, .*; SamplingParams\.repetition_penalty"
+    ):
+        LLM(model=str(folder), kv_memory="1MiB")

@@ -20,8 +20,9 @@ from batchllm.dataset.keys import make_requests
 from batchllm.dataset.results import ResultStore
 from batchllm.score_rows import ScoreRows
 from batchllm.scoring import TokenSpan, joined_tables, mixed_table
-from tests.jobs import exit_code_of, make_job, read_metrics, read_output
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.executor.test_gate import longrope
+from tests.jobs import exit_code_of, make_job, read_metrics, read_output, save_model
+from tests.tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 
 PROMPT = "Everybody agreed on this before. Question {{ number }}: where is it? Answer:"
 
@@ -45,7 +46,7 @@ def context(number: int) -> str:
 def dense(model: Path, tokens: list[int], first: int) -> tuple[np.ndarray, bool]:
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
-        logprobs = torch.log_softmax(plain(torch.tensor([tokens])).logits[0].double(), -1)[first - 1 : -1]
+        logprobs = torch.log_softmax(plain(torch.tensor([tokens[:-1]])).logits[0].double(), -1)[first - 1 :]
     target = torch.tensor(tokens[first:])
     return logprobs.gather(1, target[:, None])[:, 0].numpy(), bool((logprobs.argmax(-1) == target).all())
 
@@ -325,3 +326,24 @@ def test_scoring_does_not_go_with_generation(
     assert exit_code_of("run", str(job), "--quiet") == 2
     assert "generate cannot be together with score" in capsys.readouterr().err
     assert exit_code_of("plan", str(job)) == 2
+
+
+def test_what_a_model_is_exact_for_bounds_windows_and_pairs(tmp_path: Path) -> None:
+    """A long text stops no job; a long document is scored in windows that are exact."""
+    config = longrope()  # up to 48 tokens
+    config.vocab_size = VOCABULARY
+    model = save_model(tmp_path / "model", config=config)
+    documents = [{"id": str(n), "number": n, "text": "a long story " * n} for n in (2, 8)]
+    prompt = {"text": "{{ text }}"}
+    job = score_job(tmp_path / "rolling", model, {"rolling": True}, documents, prompt=prompt)
+    assert exit_code_of("run", job, "--quiet") == 0
+    tokens = byte_tokenizer()(documents[1]["text"])["input_ids"]
+    windows_of = [([EOS, *tokens[:48]], 1), (tokens[47:96], 1), (tokens[-49:], 49 - (len(tokens) - 96))]
+    expected = sum(dense(model, window, first)[0].sum() for window, first in windows_of)
+    assert output(job)["logprob"][1] == pytest.approx(expected, abs=1e-3)
+    pairs = score_job(
+        tmp_path / "pairs", model, {"continuation": " end"}, documents, prompt={"text": "{{ text }}|"}
+    )
+    assert exit_code_of("run", pairs, "--quiet") == 3
+    short, long = output(pairs)["error"]
+    assert short is None and "the model can score at most 49" in long

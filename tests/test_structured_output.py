@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import batchllm
 from batchllm.core import SamplingParams as CoreParams
@@ -227,3 +229,16 @@ def test_log_probabilities_are_those_of_the_models_own_logits(llm: batchllm.LLM)
     for first, other in zip(free.top_logprobs[0], held.top_logprobs[0], strict=True):
         assert first == pytest.approx(other, abs=1e-4)
     assert held.logprobs[0] < -1  # among all tokens, not among two
+
+
+def test_an_end_that_only_the_generation_config_names(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id is None
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 128_009]}))
+    rows = [{"id": "0", "prompt": "Q: "}]
+    job = make_job(tmp_path / "job", folder, rows, generate={"max_tokens": 9, "choice": ["yes", "no"]})
+    assert exit_code_of("run", job, "--quiet") == 0
+    assert read_output(tmp_path / "job" / "out")["output"][0] in ("yes", "no")

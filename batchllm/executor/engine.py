@@ -82,9 +82,9 @@ class Engine:
             plan,
             prompts,
             self.pool,
-            estimator or LengthEstimator(),
+            estimator or LengthEstimator(params=prompts.params),
             options.max_step_tokens,
-            model.max_length,
+            model.exact_length,
             options.max_running,
             score_reads,
             stored,
@@ -255,9 +255,7 @@ class Engine:
             return SequenceResult(run.sequence, (), "", "length")
         text = self.stop_rules.text(run.output, run.params)
         error = self._problem(run, reason, text)
-        self.rules.forget(run.sequence)
-        if self.structures is not None:
-            self.structures.forget(run.sequence)
+        self._forget(run)
         if error is not None:
             return SequenceResult(run.sequence, (), "", "error", error=error)
         return SequenceResult(
@@ -269,6 +267,13 @@ class Engine:
             top_logprobs=tuple(run.top_logprobs) if run.params.top_logprobs else None,
             prompt_logprobs=self._prompt_logprobs(run),
         )
+
+    def _forget(self, run: Running) -> None:
+        """The sequence is over."""
+        self.rules.forget(run.sequence)
+        if self.structures is not None:
+            self.structures.forget(run.sequence)
+        self._dead_ends.discard(run.sequence)
 
     def _prompt_logprobs(self, run: Running) -> PromptLogprobs | None:
         if run.params.prompt_logprobs is None:
@@ -300,10 +305,10 @@ class Engine:
         return None
 
     def _take_failed(self) -> list[SequenceResult]:
-        failed = [
-            SequenceResult(run.sequence, (), "", "error", error=reason)
-            for run, reason in self.scheduler.failed
-        ]
+        failed = []
+        for run, reason in self.scheduler.failed:
+            self._forget(run)
+            failed.append(SequenceResult(run.sequence, (), "", "error", error=reason))
         self.scheduler.failed.clear()
         return failed
 

@@ -62,13 +62,17 @@ def refused(model_type: str, reason: str) -> ModelError:
     return ModelError(f"model type {model_type} cannot run exactly on batches of many sequences: {reason}.")
 
 
+def beyond(limit: LengthLimit, model_type: str) -> str:
+    """The part of a sentence that says why longer sequences are refused."""
+    return f"model type {model_type} is exact only up to {limit.tokens:,} tokens here, because {limit.reason}"
+
+
 def check_lengths(limit: LengthLimit | None, longest: int, model_type: str) -> None:
     """Refuses a job whose longest sequence (prompt + max_tokens) exceeds what the architecture is exact for."""
     if limit is not None and longest > limit.tokens:
         raise ModelError(
-            f"model type {model_type} is exact only up to {limit.tokens:,} tokens here, because {limit.reason}; "
-            f"this job needs up to {longest:,} (prompt + generate.max_tokens): shorten the prompts or lower "
-            f"generate.max_tokens."
+            f"{beyond(limit, model_type)}; this job needs up to {longest:,} (prompt + generate.max_tokens): shorten "
+            f"the prompts or lower generate.max_tokens."
         )
 
 

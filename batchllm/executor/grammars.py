@@ -7,7 +7,7 @@ of it would never come to its end.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,11 +30,12 @@ def load_vocabulary(tokenizer: Any, size: int, eos_ids: Sequence[int]) -> Any:
         raise ModelError(
             "choice, regex, json_schema and grammar need llguidance; pip install llguidance"
         ) from None
-    ends = list(eos_ids) or [tokenizer.eos_token_id]
+    known = max(size, len(tokenizer))
+    ends = [token for token in eos_ids if token < known] or [tokenizer.eos_token_id]
     if ends == [None]:
         raise ModelError("choice, regex, json_schema and grammar need a model with an end-of-sequence token")
     try:
-        return from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)), eos_token=ends)
+        return from_tokenizer(tokenizer, n_vocab=known, eos_token=ends)
     except Exception as error:
         raise ModelError(
             f"the model's tokenizer cannot be used with choice, regex, json_schema or grammar: {error}"
@@ -80,24 +81,37 @@ def compile_grammar(params: SamplingParams, vocabulary: Any) -> Any:
     return matcher
 
 
-def refuse_impossible_structures(prompts: PromptTable, tokenizer: Any, size: int) -> PromptTable:
-    """Adds a fault for every row whose structure cannot be compiled or that no text satisfies."""
+def refuse_impossible_structures(
+    prompts: PromptTable, tokenizer: Any, size: int, eos_ids: Sequence[int]
+) -> PromptTable:
+    """Adds a fault for every row whose structure cannot be compiled or that no text satisfies.
+
+    Size and ends of text are those that the engine will have: see `load_vocabulary`.
+    """
     structured = [index for index, params in enumerate(prompts.params) if params.structure]
     used = set(np.unique(prompts.params_of).tolist()).intersection(structured)
     if not used:
         return prompts
-    vocabulary = load_vocabulary(tokenizer, size, ())
+    vocabulary = load_vocabulary(tokenizer, size, eos_ids)
     problems: dict[tuple[str, object], str] = {}
-    faults: dict[int, str] = {}
+    reasons: dict[int, str] = {}  # by set of parameters
     for index in sorted(used):
         params = prompts.params[index]
         key = (params.structure, getattr(params, params.structure))
         if key not in problems:
             problems[key] = _problem(params, vocabulary)
         if problems[key]:
-            rows = np.flatnonzero(prompts.params_of == index)
-            faults |= dict.fromkeys(rows.tolist(), problems[key])
-    return replace(prompts, faults={**faults, **prompts.faults}) if faults else prompts
+            reasons[index] = problems[key]
+    return with_faults(prompts, reasons)
+
+
+def with_faults(prompts: PromptTable, reasons: Mapping[int, str]) -> PromptTable:
+    """Adds a fault for every row with a set of parameters that is named, by its index, with the reason."""
+    if not reasons:
+        return prompts
+    of_row = enumerate(prompts.params_of.tolist())
+    faults = {row: reasons[index] for row, index in of_row if index in reasons}
+    return replace(prompts, faults={**faults, **prompts.faults})
 
 
 def _problem(params: SamplingParams, vocabulary: Any) -> str:

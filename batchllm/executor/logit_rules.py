@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from batchllm.core import Plan, PromptTable, SamplingParams
 from batchllm.executor.running import Running
 
 _FORBIDDEN = float("-inf")
+_KEPT = 8192  # sets of parameters that are known at a time: more than rows run together
 
 
 def has_rules(params: SamplingParams) -> bool:
@@ -38,7 +40,7 @@ class LogitRules:
         self._eos_ids, self._tokenizer = eos_ids, tokenizer
         self._active = any(has_rules(params) for params in prompts.params)
         self._histories: dict[int, _History] = {}
-        self._fixed: dict[SamplingParams, _Fixed] = {}
+        self._fixed_of = lru_cache(_KEPT)(self._make_fixed)
 
     def apply(self, logits: Tensor, runs: Sequence[Running]) -> Tensor:
         """logits [n, V] of these sequences, as their rules want them; a copy unless nothing changes."""
@@ -59,8 +61,10 @@ class LogitRules:
             places = _places([row for row, _ in biased], [len(rules.bias) for _, rules in biased])
             changed[places, tokens] += values
         for row, rules in fixed:
-            if rules.forbidden is not None:
-                changed[row].masked_fill_(rules.forbidden, _FORBIDDEN)
+            if rules.allowed is not None:
+                kept = changed[row, rules.allowed]
+                changed[row] = _FORBIDDEN
+                changed[row, rules.allowed] = kept
         self._forbid_now(changed, runs, fixed)
         return changed
 
@@ -93,12 +97,12 @@ class LogitRules:
         logits[_places(rows, lengths), tokens] -= penalty
 
     def _forbid_now(self, logits: Tensor, runs: Sequence[Running], fixed: list[tuple[int, _Fixed]]) -> None:
-        """What depends on the output so far: ends that are too early, last tokens of bad words."""
+        """Tokens of bad words, the last ones where the output has those before; ends that are too early."""
         places: list[int] = []
         tokens: list[int] = []
         for row, rules in fixed:
             output = runs[row].output
-            found: list[int] = []
+            found = list(rules.never)
             if len(output) < runs[row].params.min_tokens:
                 found += rules.ends
             found += [word[-1] for word in rules.words if tuple(output[1 - len(word) :]) == word[:-1]]
@@ -117,35 +121,30 @@ class LogitRules:
             self._histories[run.sequence] = _History(unique)
         return self._histories[run.sequence]
 
-    def _fixed_of(self, params: SamplingParams, vocabulary: int) -> _Fixed:
-        if params not in self._fixed:
-            self._fixed[params] = self._make_fixed(params, vocabulary)
-        return self._fixed[params]
-
     def _make_fixed(self, params: SamplingParams, vocabulary: int) -> _Fixed:
+        """A token that the model does not have never comes, so it needs no ban, nor does a word that it is in."""
         words = bad_word_tokens(params.bad_words, self._tokenizer)
-        single = [word[0] for word in words if len(word) == 1]
-        forbidden = None
-        if params.allowed_token_ids or single:
-            forbidden = torch.full((vocabulary,), bool(params.allowed_token_ids))
-            forbidden[list(params.allowed_token_ids)] = False
-            forbidden[single] = True
+        words = [word for word in words if max(word) < vocabulary]
+        ends = {*(() if params.ignore_eos else self._eos_ids), *params.stop_token_ids}
+        allowed = params.allowed_token_ids
         return _Fixed(
             bias_tokens=torch.tensor([token for token, _ in params.logit_bias], dtype=torch.int64),
             bias=torch.tensor([bias for _, bias in params.logit_bias], dtype=torch.float32),
-            forbidden=forbidden,
+            allowed=torch.tensor(allowed, dtype=torch.int64) if allowed else None,
+            never=[word[0] for word in words if len(word) == 1],
             words=[word for word in words if len(word) > 1],
-            ends=sorted({*(() if params.ignore_eos else self._eos_ids), *params.stop_token_ids}),
+            ends=sorted(token for token in ends if token < vocabulary),
         )
 
 
 @dataclass(frozen=True)
 class _Fixed:
-    """What one set of parameters comes to, whatever has been written."""
+    """What one set of parameters comes to, whatever has been written. No larger than what the parameters name."""
 
     bias_tokens: Tensor  # [m]
     bias: Tensor  # [m]
-    forbidden: Tensor | None  # [V] tokens that never come
+    allowed: Tensor | None  # [k] the only tokens that may come
+    never: list[int]  # tokens that never come
     words: list[tuple[int, ...]]  # sequences of two tokens or more that never come
     ends: list[int]  # tokens that end an answer
 

@@ -72,6 +72,12 @@ class ModelRunner:
         stated = getattr(self.text_config, "max_position_embeddings", None)
         return int(stated) if stated else None
 
+    @property
+    def exact_length(self) -> int | None:
+        """`max_length`, or what the architecture is exact for, if that is less: no step may have a position beyond."""
+        lengths = [self.max_length, self.limit and self.limit.tokens]
+        return min((length for length in lengths if length), default=None)
+
     @torch.inference_mode()
     def forward(self, batch: StepBatch, attention: StepAttention) -> Tensor:
         """Logits of `batch.logit_rows`, [L, vocabulary], float32."""
@@ -237,8 +243,8 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.path: {path} cannot be loaded: {first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"model.path: {path} {_why_not_loaded(config, error)}") from None
     model, report = loaded
     if report["missing_keys"]:  # transformers fills them with random numbers and only warns
         missing = sorted(report["missing_keys"])
@@ -253,6 +259,18 @@ def load_model(
             f"model.path: the weights of {path} do not fit in the GPU's memory; choose a smaller model.dtype "
             f"or set engine.device to cpu."
         ) from None
+
+
+def _why_not_loaded(config: Any, error: Exception) -> str:
+    """What transformers says; of a checkpoint whose weights are quantised already, how, and what else to give."""
+    stated: Any = getattr(config, "quantization_config", None) or {}
+    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+    if method is None:
+        return f"cannot be loaded: {first_line(error)}"
+    return (
+        f"has weights quantised with {method}, which cannot be loaded here: {first_line(error)}; or give the model "
+        f"as it was before (model.quantize quantises it on a CPU)."
+    )
 
 
 def prepare_model(

@@ -16,7 +16,7 @@ def load_config(path: str, trust_remote_code: bool) -> tuple[Any, LengthLimit | 
     """The model's configuration, checked by the gate. Cheap: no weights are read."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"model.path: {path} cannot be opened as a model: {first_line(error)}") from None
     return config, check_config(config)
 

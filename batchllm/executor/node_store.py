@@ -94,12 +94,19 @@ class NodeStore:
             if self.unfinished[node] == 0:
                 self._retire(node)
 
-    def abandon(self, path: tuple[int, ...], leaf: int) -> None:
-        """A sequence that is not running will never run."""
+    def abandon(self, path: tuple[int, ...], leaf: int) -> list[tuple[int, int]]:
+        """A sequence that is not running will never run.
+
+        Returns the nodes that will never have KV for that, each with the node that would have copied some of it.
+        """
+        lost = []
         for node in (*path, leaf):
             self.unfinished[node] -= 1
             if self.unfinished[node] == 0:
                 self._retire(node)
+                if self._heir[node] >= 0 and not self._started[node]:
+                    lost.append((node, int(self._heir[node])))
+        return lost
 
     def drop(self, node: int) -> None:
         """Frees a node's KV, if it has any."""

@@ -11,7 +11,7 @@ from batchllm.executor.node_store import NodeStore
 from batchllm.executor.running import Running
 from batchllm.executor.step_builder import StepBuilder
 from batchllm.executor.stored_kv import StoredKv
-from batchllm.planner.score_reads import ScoreReads
+from batchllm.planner.score_reads import NodeReads, ScoreReads
 
 
 class PromptQueue:
@@ -28,6 +28,7 @@ class PromptQueue:
         self._plan, self._prompts, self._nodes = plan, prompts, nodes
         self._scores, self._stored = scores, stored
         self._queue: deque[tuple[int, Running | None]] = deque()  # nodes; the owner of one that is a leaf
+        self._passed_on: dict[int, NodeReads] = {}  # by node: reads beside its own
 
     def __bool__(self) -> bool:
         return bool(self._queue)
@@ -53,6 +54,14 @@ class PromptQueue:
     def clear(self) -> None:
         self._queue.clear()
 
+    def pass_on(self, node: int, heir: int) -> None:
+        """`node` will never be computed: what was to be read there for all who copy from it is read in `heir`, which
+        copies first and now has to compute."""
+        if self._scores is not None:
+            start = int(self._plan.node_start[heir])
+            end = start + int(self._plan.node_copied[heir])
+            self._passed_on[heir] = self._reads(self._scores, node, start, end)
+
     def add_next(self, builder: StepBuilder, room: int) -> tuple[int, Running | None] | None:
         """Puts the next tokens into the step, of one node and at most `room`. Returns the node, with the owner of a
         leaf, if these were the last of its known tokens."""
@@ -74,9 +83,19 @@ class PromptQueue:
             prompt_tokens=min(count, max(0, self._nodes.prompt_length(node) - done)),
         )
         if self._scores is not None:
-            builder.read_scores(self._scores.within(node, start + done, start + done + count))
+            builder.read_scores(self._reads(self._scores, node, start + done, start + done + count))
         self._nodes.computed[node] = done + count
         return self._queue.popleft() if done + count == total else None
+
+    def _reads(self, scores: ScoreReads, node: int, begin: int, end: int) -> NodeReads:
+        """At positions begin .. end - 1 of a node, positions ascending."""
+        own, more = scores.within(node, begin, end), self._passed_on.get(node)
+        if more is None:
+            return own
+        inside = (begin <= more.position) & (more.position < end)
+        joined = [np.concatenate((mine, values[inside])) for mine, values in zip(own, more)]
+        ascending = np.argsort(joined[0], kind="stable")
+        return NodeReads(*(values[ascending] for values in joined))
 
     def _tokens(self, node: int, owner: Running | None, done: int, count: int) -> np.ndarray:
         """[count] of a node's own tokens from `done` on; in a leaf, output follows the prompt."""

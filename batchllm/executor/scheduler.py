@@ -56,6 +56,7 @@ class Scheduler:
         self.plan, self.prompts, self.estimator = plan, prompts, estimator
         self.max_step_tokens = max_step_tokens
         self.max_running = min(max_running, max_step_tokens)
+        self.max_length = max_length
         self.stored = stored
         self.running: dict[int, Running] = {}  # by sequence, in order of admission
         self.failed: list[tuple[Running, str]] = []  # sequences that no memory can hold
@@ -135,7 +136,8 @@ class Scheduler:
             return False
         self._line.take()
         if not placed:
-            self.nodes.abandon(run.path, run.leaf)
+            for node, heir in self.nodes.abandon(run.path, run.leaf):
+                self._queue.pass_on(node, heir)
             needed = run.prompt_length + len(run.output)
             self.failed.append((run, f"{needed} tokens do not fit in KV memory; raise engine.kv_memory"))
             return True
@@ -254,12 +256,14 @@ class Scheduler:
     def repeats(self, batch: StepBatch, most: int) -> int:
         """How often a step that only decodes may be run in a row, each time with the tokens of the time before.
 
-        The leaves have room for all of it. Some sequences may reach their limit earlier: no more of the work than
-        one part in _MOST_WASTE is in vain for that.
+        The leaves have room for all of it, and no position is beyond the model's last. Some sequences may reach their
+        limit earlier: no more of the work than one part in _MOST_WASTE is in vain for that.
         """
         runs = [self.running[sample.sequence] for sample in batch.samples]
         left = np.array([run.limit - run.decoded for run in runs], dtype=np.int64)
         count = most
+        if self.max_length is not None:
+            count = min(count, self.max_length - int(batch.positions.max()))
         while count > 1 and _MOST_WASTE * int(np.maximum(count - left, 0).sum()) > count * len(left):
             count -= 1
         for run in runs:

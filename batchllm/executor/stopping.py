@@ -32,7 +32,7 @@ class StopRules:
         text = self.decode(tokens, params)
         if not params.stop:
             return text
-        early = len(self.decode(tokens[: params.min_tokens - 1], params)) if params.min_tokens > 1 else 0
+        early = self._whole(tokens[: params.min_tokens - 1], params) if params.min_tokens > 1 else 0
         found = self._find_stop(text, params.stop, early)
         if found is None:
             return text
@@ -62,8 +62,13 @@ class StopRules:
         text = self.decode(tail, params)
         if params.min_tokens <= 1:
             return self._find_stop(text, params.stop, 0) is not None
-        early = len(self.decode(tail[: max(0, len(tail) - 1 - (len(tokens) - params.min_tokens))], params))
+        earlier = tail[: max(0, len(tail) - 1 - (len(tokens) - params.min_tokens))]
+        early = self._whole(earlier, params)
         return self._find_stop(text, params.stop, early) is not None
+
+    def _whole(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """Characters of these tokens, without one that has only begun: its bytes are U+FFFD, one or several."""
+        return len(self.decode(tokens, params).rstrip("\ufffd"))
 
     @staticmethod
     def _find_stop(text: str, stops: Sequence[str], early: int) -> tuple[int, int] | None:

@@ -5,23 +5,26 @@ are longer than what a request has decoded already. A little of their spread is 
 memory planned with these estimates is rarely exceeded.
 
 What is known is weighed in three steps, each trusted the more the more lengths stand behind it: `max_tokens`, the
-lengths seen with the same sampling parameters, and of those the lengths seen in the same group (`length_groups`).
+lengths seen with sampling parameters of the same kind (`length_kinds`), and of those the lengths seen in the same group
+(`length_groups`). However many sets of parameters and groups a job has, memory is bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchllm.core import IntArray
+from batchllm.core import IntArray, SamplingParams
 from batchllm.planner.length_errors import LengthErrors
 from batchllm.planner.length_groups import NO_GROUP
+from batchllm.planner.length_kinds import MOST_KINDS, length_kinds
 
-KEPT_LENGTHS = 2048  # the most recent finished ones, per parameter set
-KEPT_IN_GROUP = 256  # the same, per parameter set and group
+KEPT_LENGTHS = 2048  # the most recent finished ones, per kind of parameters
+KEPT_IN_GROUP = 256  # the same, per kind and group
+MOST_IN_GROUPS = 4096  # pairs of kind and group that are learned; in others that come later only the kind is
 SPREAD = 0.25  # standard deviations added to the mean
 TRUSTED_LENGTHS = 16  # as many observations weigh as much as the assumption that max_tokens is reached
 TRUSTED_IN_GROUP = 4  # as many of a group weigh as much as those of all: groups differ more than their rows
@@ -33,33 +36,45 @@ FloatArray = NDArray[np.float64]
 class LengthEstimator:
     """Not thread-safe. `group` is an array of numbers, NO_GROUP where there is none, or None.
 
+    `params`: the sets that a params index stands for; without them each index is of a kind of its own.
     `errors`: of what was expected of each sequence that finished, just before it was learned from.
     """
 
-    def __init__(self, errors: LengthErrors | None = None) -> None:
-        self._seen: dict[int, _RecentLengths] = {}  # by parameter set
-        self._in_group: dict[int, _RecentLengths] = {}  # by parameter set and group
+    def __init__(self, errors: LengthErrors | None = None, params: Sequence[SamplingParams] = ()) -> None:
+        self._seen: dict[int, _RecentLengths] = {}  # by kind
+        self._in_group: dict[int, _RecentLengths] = {}  # by kind and group
+        self._kind_of = length_kinds(params)
         self.errors = LengthErrors() if errors is None else errors
+
+    def kinds(self, params_index: IntLike | int) -> IntArray:
+        """The kind of each set of parameters, a number up to MOST_KINDS."""
+        index: IntArray = np.asarray(params_index, dtype=np.int64)
+        return self._kind_of[index] if len(self._kind_of) else np.minimum(index, MOST_KINDS)
 
     def observe(self, params_index: int, length: IntLike | int, group: IntLike | None = None) -> None:
         """Sequences with these parameters have come to `length` [n] output tokens in the end, the latest last."""
         lengths = np.atleast_1d(length)
-        if len(lengths):
-            self._seen.setdefault(params_index, _RecentLengths(KEPT_LENGTHS)).extend(lengths)
+        self.observe_all(np.full(len(lengths), params_index), lengths, group)
+
+    def observe_all(self, params_index: IntLike, length: IntLike, group: IntLike | None = None) -> None:
+        """`observe` for sequences [n] of any parameters."""
+        kind = self.kinds(params_index)
+        for one, mine in _parts(kind):
+            self._seen.setdefault(one, _RecentLengths(KEPT_LENGTHS)).extend(length[mine])
         if group is None:
             return
-        for number in set(np.asarray(group).tolist()) - {NO_GROUP}:
-            seen = self._in_group.setdefault(_key(params_index, number), _RecentLengths(KEPT_IN_GROUP))
-            seen.extend(lengths[np.asarray(group) == number])
+        in_group = np.flatnonzero(np.asarray(group) != NO_GROUP)
+        for key, mine in _parts(_key(kind[in_group], np.asarray(group)[in_group])):
+            if key in self._in_group or len(self._in_group) < MOST_IN_GROUPS:
+                seen = self._in_group.setdefault(key, _RecentLengths(KEPT_IN_GROUP))
+                seen.extend(length[in_group[mine]])
 
     def learn(
         self, params_index: IntLike, length: IntLike, max_tokens: IntLike, group: IntLike | None = None
     ) -> None:
         """`observe` for the sequences [n] that finished in a step, and notes how well they had been foreseen."""
         self.errors.add(self.mean_total(params_index, max_tokens, group), length)
-        for params in set(params_index.tolist()):
-            mine = params_index == params
-            self.observe(params, length[mine], None if group is None else group[mine])
+        self.observe_all(params_index, length, group)
 
     def estimate(
         self, params_index: IntLike, decoded: IntLike, max_tokens: IntLike, group: IntLike | None = None
@@ -71,9 +86,10 @@ class LengthEstimator:
         done: IntArray = np.asarray(decoded, dtype=np.int64)
         most = np.asarray(max_tokens, dtype=np.float64)
         total = most.copy()
-        for seen, mine in _members(self._seen, params_index):
+        kind = self.kinds(params_index)
+        for seen, mine in _members(self._seen, kind):
             total[mine] = seen.expected_total(done[mine], most[mine], total[mine], TRUSTED_LENGTHS)
-        for seen, mine in self._members_of_groups(params_index, group):
+        for seen, mine in self._members_of_groups(kind, group):
             total[mine] = seen.expected_total(done[mine], most[mine], total[mine], TRUSTED_IN_GROUP)
         remaining: IntArray = np.maximum(np.ceil(total).astype(np.int64) - done, 1)
         return remaining
@@ -85,39 +101,44 @@ class LengthEstimator:
         for parameters of which nothing has been seen."""
         most = np.asarray(max_tokens, dtype=np.float64)
         total = most.copy()
-        for seen, mine in _members(self._seen, params_index):
+        kind = self.kinds(params_index)
+        for seen, mine in _members(self._seen, kind):
             total[mine] = seen.mean_clipped(most[mine])
-        for seen, mine in self._members_of_groups(params_index, group):
+        for seen, mine in self._members_of_groups(kind, group):
             trust = seen.count / (seen.count + TRUSTED_IN_GROUP)
             total[mine] = trust * seen.mean_clipped(most[mine]) + (1.0 - trust) * total[mine]
         return np.maximum(np.rint(total), 1).astype(np.int64)
 
     def quantile(self, params_index: int, share: float) -> int | None:
         """The length that this share of the outputs seen with these parameters do not exceed; None: none seen."""
-        seen = self._seen.get(params_index)
+        seen = self._seen.get(int(self.kinds(params_index)))
         return None if seen is None else seen.quantile(share)
 
     def _members_of_groups(
-        self, params_index: IntLike, group: IntLike | None
-    ) -> Iterator[tuple[_RecentLengths, NDArray[np.bool_]]]:
+        self, kind: IntArray, group: IntLike | None
+    ) -> Iterator[tuple[_RecentLengths, IntArray]]:
         if group is not None and self._in_group:
-            keys = _key(np.asarray(params_index, dtype=np.int64), np.asarray(group, dtype=np.int64))
-            yield from _members(self._in_group, keys)
+            yield from _members(self._in_group, _key(kind, group))
 
 
-def _key(params_index: Any, group: Any) -> Any:
-    """One number for parameters and group; none that `observe` has stored where there is no group."""
-    return (params_index << 32) + group
+def _key(kind: IntArray, group: IntLike) -> IntArray:
+    """One number for kind and group; none that is learned where there is no group."""
+    key: IntArray = (kind << 32) + np.asarray(group, dtype=np.int64)
+    return key
 
 
-def _members(
-    seen: dict[int, _RecentLengths], key: IntLike
-) -> Iterator[tuple[_RecentLengths, NDArray[np.bool_]]]:
+def _members(seen: dict[int, _RecentLengths], key: IntArray) -> Iterator[tuple[_RecentLengths, IntArray]]:
     """What has been seen under each key, and which entries have that key."""
-    key = np.asarray(key)
-    for one in set(key.tolist()):
+    for one, mine in _parts(key) if seen else ():
         if one in seen:
-            yield seen[one], key == one
+            yield seen[one], mine
+
+
+def _parts(key: IntArray) -> Iterator[tuple[int, IntArray]]:
+    """Each distinct key with the entries that have it, in order."""
+    order = np.argsort(key, kind="stable")
+    first = np.flatnonzero(np.diff(key[order], prepend=key[order[:1]] - 1))
+    yield from zip(key[order[first]].tolist(), np.split(order, first[1:]))
 
 
 class _RecentLengths:
@@ -166,7 +187,9 @@ class _RecentLengths:
         return mean
 
     def quantile(self, share: float) -> int:
-        return int(np.quantile(self._ring[: self.count], share, method="higher"))
+        if self._stale:
+            self._rebuild()
+        return int(self._lengths[int(np.ceil(share * (self.count - 1)))])
 
     def _rebuild(self) -> None:
         self._lengths = np.sort(self._ring[: self.count])

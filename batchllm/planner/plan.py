@@ -12,6 +12,7 @@ from batchllm.core import IntArray, Plan, PlanStats, PromptTable, RequestTable
 from batchllm.planner.folding import Kept, fold_short_prefixes
 from batchllm.planner.length_groups import NO_GROUP, length_groups
 from batchllm.planner.ordering import Execution, OrderName, execution_order
+from batchllm.planner.output_limits import output_limits
 from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree
 from batchllm.planner.sequences import (
     Sequences,
@@ -28,15 +29,18 @@ DecodeEstimate = Callable[[ParamsArray, IntArray, NDArray[np.int32]], IntArray]
 @dataclass(frozen=True)
 class PlanOptions:
     """`decode_estimate`: expected output tokens, per request of the RequestTable, or a function of the
-    arrays (params index, max_tokens, group), one entry per sequence. Default: max_tokens.
+    arrays (params index, most output tokens, group), one entry per sequence. Default: the most there may be.
 
     `row_group`: the group of each row of the PromptTable, where it is known. Default: found in the tree of the plan.
+
+    `max_length`: of the model, in tokens; outputs end there. None: it does not say.
     """
 
     min_shared_tokens: int = 32  # a shorter shared prefix is no node of its own: it is copied instead
     order: OrderName = "auto"
     decode_estimate: NDArray[np.generic] | DecodeEstimate | None = None
     row_group: NDArray[np.int32] | None = None
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class PlanDraft:
     terminal: IntArray  # [sequences] the trie node where each one's prompt ends
     below: IntArray  # [trie nodes] sequences at or below
     group: NDArray[np.int32]  # [sequences] see planner.length_groups
+    limit: IntArray  # [sequences] most tokens each may decode
     decode: IntArray  # [sequences] tokens each is expected to decode
 
     @property
@@ -63,7 +68,7 @@ class PlanDraft:
 
     def expecting(self, estimate: DecodeEstimate) -> PlanDraft:
         """The same with other expectations of what is decoded."""
-        return replace(self, decode=_estimated(estimate, self.prompts, self.sequences, self.group))
+        return replace(self, decode=_estimated(estimate, self.sequences, self.limit, self.group))
 
     def expected_decode(self, plan: Plan) -> IntArray:
         """`decode` of the sequences of a plan made from this draft."""
@@ -131,8 +136,9 @@ def draft_plan(
         group = length_groups(tree, kept, below, terminal)
     else:
         group = options.row_group[requests.row[sequences.first_request]]
-    decode = _expected_decode(prompts, sequences, group, options)
-    return PlanDraft(prompts, requests, tree, kept, sequences, terminal, below, group, decode)
+    limit = output_limits(prompts, sequences.params, tree.end[terminal], options.max_length)
+    decode = _expected_decode(sequences, limit, group, options)
+    return PlanDraft(prompts, requests, tree, kept, sequences, terminal, below, group, limit, decode)
 
 
 def arrange(draft: PlanDraft, order: OrderName) -> Plan:
@@ -145,24 +151,20 @@ def arrange(draft: PlanDraft, order: OrderName) -> Plan:
 
 
 def _expected_decode(
-    prompts: PromptTable, sequences: Sequences, group: NDArray[np.int32], options: PlanOptions
+    sequences: Sequences, limit: IntArray, group: NDArray[np.int32], options: PlanOptions
 ) -> IntArray:
     estimate = options.decode_estimate
     if estimate is None:
-        return _max_tokens(prompts, sequences)
+        return limit
     if callable(estimate):
-        return _estimated(estimate, prompts, sequences, group)
+        return _estimated(estimate, sequences, limit, group)
     return np.asarray(estimate)[sequences.first_request].astype(np.int64)
 
 
 def _estimated(
-    estimate: DecodeEstimate, prompts: PromptTable, sequences: Sequences, group: NDArray[np.int32]
+    estimate: DecodeEstimate, sequences: Sequences, limit: IntArray, group: NDArray[np.int32]
 ) -> IntArray:
-    return np.asarray(estimate(sequences.params, _max_tokens(prompts, sequences), group)).astype(np.int64)
-
-
-def _max_tokens(prompts: PromptTable, sequences: Sequences) -> IntArray:
-    return np.array([p.max_tokens for p in prompts.params], dtype=np.int64)[sequences.params]
+    return np.asarray(estimate(sequences.params, limit, group)).astype(np.int64)
 
 
 def _list_nodes(

@@ -77,8 +77,9 @@ def plan_score_reads(
 ) -> ScoreReads:
     """Reads for the rows of `table` that the plan answers, and for the prompts of rows with `prompt_logprobs`.
 
-    A position that a node copies is read at its donor, too, and at the donor's donor: whichever of them computes it,
-    when memory is short more than one, the score is read.
+    A position that a node copies is read where it is computed first, at the end of the donors, for all who copy it. It
+    is read in the node itself, too: when memory is short the node may compute it again. So there are at most two
+    reads of a token that is asked for.
     """
     scored = np.zeros(plan.num_sequences, dtype=bool)
     none = np.zeros(0, dtype=np.int64)
@@ -90,17 +91,21 @@ def plan_score_reads(
     position = np.concatenate((spans.position, wanted.position))
     target = np.concatenate((spans.target, wanted.target))
 
-    score, owner, owner_position, owner_target = _distinct(_origin(plan, home, position), position, target)
-    node, read_position, read_target = _with_donors(plan, home, position, target)
-    origin = _origin(plan, node, read_position)
-    found = _lookup(owner, owner_position, owner_target, origin, read_position, read_target)
-    by_node = np.lexsort((read_position, node))
-    node = node[by_node]
+    origin = _origin(plan, home, position)
+    score, owner, owner_position, owner_target = _distinct(origin, position, target)
+    again = origin != home
+    number, node, read_position, read_target = _distinct(
+        np.concatenate((owner, home[again])),
+        np.concatenate((owner_position, position[again])),
+        np.concatenate((owner_target, target[again])),
+    )
+    read_score = np.empty(len(node), dtype=np.int64)
+    read_score[number] = np.concatenate((np.arange(len(owner)), score[again]))
     top = np.zeros(len(owner), dtype=np.int32)
     np.maximum.at(top, score[len(spans.home) :], wanted.top)
     return ScoreReads(
         node_ptr=np.searchsorted(node, np.arange(plan.num_nodes + 1)),
-        reads=NodeReads(read_position[by_node], read_target[by_node], found[by_node]),
+        reads=NodeReads(read_position, read_target, read_score),
         scored=scored,
         row_ptr=spans.row_ptr,
         row_score=score[: len(spans.home)],
@@ -144,40 +149,40 @@ def _scored_spans(
 def _home(plan: Plan, leaf: IntArray, position: IntArray) -> IntArray:
     """The node on the path to each leaf that holds each position."""
     node = leaf.copy()
-    while len(above := np.flatnonzero(position < plan.node_start[node])):
-        node[above] = plan.node_parent[node[above]]
+    left = np.flatnonzero(position < plan.node_start[node])
+    while len(left):
+        node[left] = plan.node_parent[node[left]]
+        left = left[position[left] < plan.node_start[node[left]]]
     return node
 
 
 def _origin(plan: Plan, node: IntArray, position: IntArray) -> IntArray:
-    """The node from which each position's KV comes in the end, by way of donors."""
-    node = node.copy()
+    """The node from which each position's KV comes in the end, by way of donors.
+
+    However many donors there are in between, a position is looked at once for each number of copied tokens, at most.
+    """
+    fewer = _copies_fewer(plan)
     copied_end = plan.node_start + plan.node_copied
-    while len(copied := np.flatnonzero(position < copied_end[node])):
-        node[copied] = plan.node_donor[node[copied]]
+    node = node.copy()
+    left = np.flatnonzero(position < copied_end[node])
+    while len(left):
+        node[left] = fewer[node[left]]
+        left = left[position[left] < copied_end[node[left]]]
     return node
 
 
-def _with_donors(
-    plan: Plan, node: IntArray, position: IntArray, target: IntArray
-) -> tuple[IntArray, IntArray, IntArray]:
-    """All distinct (node, position, target), and the same at every donor that holds the position."""
-    copied_end = plan.node_start + plan.node_copied
-    _, node, position, target = _distinct(node, position, target)
-    known = [(node, position, target)]
-    while len(node):
-        donated = position < copied_end[node]
-        donor = plan.node_donor[node[donated]].astype(np.int64)
-        _, node, position, target = _distinct(donor, position[donated], target[donated])
-        new = _lookup(*_concatenated(known), node, position, target) < 0
-        node, position, target = node[new], position[new], target[new]
-        known.append((node, position, target))
-    return _concatenated(known)
+def _copies_fewer(plan: Plan) -> IntArray:
+    """[nodes] for those that copy: the nearest node back along the donors that copies fewer tokens.
 
-
-def _concatenated(parts: list[tuple[IntArray, IntArray, IntArray]]) -> tuple[IntArray, IntArray, IntArray]:
-    nodes, positions, targets = zip(*parts)
-    return np.concatenate(nodes), np.concatenate(positions), np.concatenate(targets)
+    By pointer jumping: whatever lies between a node and its pointer copies at least as many tokens as the node.
+    """
+    copied = plan.node_copied
+    pointer = plan.node_donor.astype(np.int64)
+    seeking = np.flatnonzero(copied > 0)
+    while len(seeking):
+        seeking = seeking[copied[pointer[seeking]] >= copied[seeking]]
+        pointer[seeking] = pointer[pointer[seeking]]
+    return pointer
 
 
 def _distinct(
@@ -191,22 +196,3 @@ def _distinct(
     number = np.empty(len(order), dtype=np.int64)
     number[order] = np.cumsum(opens) - 1
     return number, node[opens], position[opens], target[opens]
-
-
-def _lookup(
-    node: IntArray,
-    position: IntArray,
-    target: IntArray,
-    wanted_node: IntArray,
-    wanted_position: IntArray,
-    wanted_target: IntArray,
-) -> IntArray:
-    """For each wanted triple its index among the given distinct ones, or -1."""
-    number, *_ = _distinct(
-        np.concatenate((node, wanted_node)),
-        np.concatenate((position, wanted_position)),
-        np.concatenate((target, wanted_target)),
-    )
-    given = np.full(int(number.max(initial=-1)) + 1, -1, dtype=np.int64)
-    given[number[: len(node)]] = np.arange(len(node))
-    return given[number[len(node) :]]

@@ -24,11 +24,12 @@ from batchllm.planner.timeline import Event, Level, Timeline
 
 @dataclass(frozen=True, slots=True)
 class SimulationOptions:
-    """The memory and the steps that are replayed."""
+    """The memory and the steps that are replayed. `max_length`: of the model, for who says how long outputs are."""
 
     kv_tokens: int
     max_step_tokens: int
     max_running: int = 4096
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Simulation:
 def simulate(plan: Plan, output_tokens: IntArray, options: SimulationOptions) -> Simulation:
     """`output_tokens`: expected length of each sequence's output; 0 counts as 1, for a sequence samples one token.
 
-    A sequence whose prompt fits in memory but not with all of its output is simulated as if it did.
+    Of an output that does not fit in memory even alone, what fits is simulated.
     """
-    replay = _Replay(plan, np.maximum(output_tokens, 1), options)
+    room = options.kv_tokens - plan.node_end[plan.sequence_node].astype(np.int64) + 1
+    replay = _Replay(plan, np.maximum(np.minimum(output_tokens, room), 1), options)
     for sequence in range(plan.num_sequences):
         replay.start(sequence)
     loads = replay.time.finish()

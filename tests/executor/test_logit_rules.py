@@ -185,3 +185,39 @@ def chi_square_is_likely(counts: np.ndarray, expected: np.ndarray) -> bool:
     statistic = sum((count - mean) ** 2 / mean for count, mean in groups)
     freedom = max(1, len(groups) - 1)
     return bool(statistic < freedom + 4.3 * np.sqrt(2 * freedom) + 14)
+
+
+def test_tokens_that_the_model_does_not_have_need_no_ban() -> None:
+    """Of stop tokens, ends of text and words; what else is banned stays banned."""
+    settings = [
+        SamplingParams(max_tokens=9, min_tokens=2, stop_token_ids=(128_009, 11)),
+        SamplingParams(bad_words=("q", "ab")),
+    ]
+    plan, table, _, _ = world(settings)
+    rules = LogitRules(plan, table, frozenset([EOS, VOCABULARY]), _WithNewWords())
+    runs = [running(plan, table, 0, []), running(plan, table, 1, TOKENIZER.encode(" "))]
+    changed = rules.apply(torch.zeros(2, VOCABULARY), runs)
+    forbidden = [torch.isneginf(row).nonzero().flatten().tolist() for row in changed]
+    assert forbidden == [sorted([11, EOS]), TOKENIZER.encode("q")]
+
+
+class _WithNewWords:
+    """Knows " ab" as a token of its own, and one for "ab" that follows an "a"."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        known = {" ab": [VOCABULARY], "ab": [*TOKENIZER.encode("a"), VOCABULARY + 3]}
+        return known.get(text) or TOKENIZER.encode(text, add_special_tokens=add_special_tokens)
+
+
+def test_many_sets_of_parameters_take_little_memory() -> None:
+    """What is known of a set is as large as the set, not as the vocabulary, and sets are forgotten."""
+    settings = [SamplingParams(allowed_token_ids=(3, 5, 9), seed=number) for number in range(10_000)]
+    plan, table, _, _ = world(settings[:1])
+    rules, run = rules_of(plan, table), running(plan, table, 0, [])
+    vocabulary = 150_000
+    for params in settings:
+        fixed = rules._fixed_of(params, vocabulary)
+        assert fixed.allowed is not None and fixed.allowed.numel() == 3
+    assert rules._fixed_of.cache_info().currsize < len(settings)
+    changed = rules.apply(torch.zeros(1, vocabulary), [run])
+    assert torch.isfinite(changed[0]).nonzero().flatten().tolist() == [3, 5, 9]

@@ -70,6 +70,11 @@ def with_half_a_file(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
+def quantized(folder: Path) -> None:
+    """By a package that is not there."""
+    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+
+
 def change_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -86,6 +91,7 @@ DAMAGES: dict[Damage, str] = {
     with_some_weights: r"lacks 3 of the model's weights .*copy all of its safetensors",
     with_weights_of_another_shape: "cannot be loaded",
     with_half_a_file: "cannot be loaded",
+    quantized: r"quantised with awq, which cannot be loaded here: .*requires.*; or give the model as it was before",
 }
 
 
@@ -139,6 +145,13 @@ def test_code_that_transformers_does_not_need_is_no_reason(folder: Path) -> None
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Llama"})
     check_model_folder(str(folder), trust_remote_code=False)
     assert load_model(str(folder)).model_type == "llama"
+
+
+def test_code_that_needs_a_package_names_it(folder: Path) -> None:
+    change_config(folder, model_type="homemade", auto_map={"AutoConfig": "homemade.Config"})
+    (folder / "homemade.py").write_text("import no_such_package\n\n\nclass Config: pass\n")
+    with pytest.raises(ModelError, match=r"model\.path: .*no_such_package"):
+        load_model(str(folder), trust_remote_code=True)
 
 
 def test_trusted_code_is_let_through(folder: Path) -> None:

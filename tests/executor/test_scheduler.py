@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 import torch
 
 from batchllm.core import SamplingParams
+from batchllm.executor.kv_buffers import KvBuffers
+from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.model import ModelRunner, prepare_model
-from tests.executor.harness import Outcome, run
+from batchllm.executor.scheduler import Scheduler
+from batchllm.planner.plan import PlanOptions, build_plan
+from tests.executor.harness import Outcome, prompt_table, request_table, run
 from tests.executor.tiny_models import VOCABULARY, configurations, generate_alone, make_model
 
 MAX_TOKENS = 12
@@ -246,3 +251,37 @@ def test_logprobs_are_those_of_the_model() -> None:
         rows = torch.log_softmax(logits[len(prompt) - 1 : -1].double(), dim=-1)
         expected = rows.gather(1, torch.tensor(result.tokens).unsqueeze(1)).squeeze(1)
         np.testing.assert_allclose(result.logprobs, expected.numpy(), atol=1e-4)
+
+
+def test_repeated_steps_stay_within_the_length_of_the_model() -> None:
+    """Rows that ran on beyond it would need positions that the model does not have."""
+    most, lengths = 40, [*[8] * 70, 34]  # memory behind the last one is free: its leaf can grow
+    prompts = [[4 + row, *[3] * (length - 1)] for row, length in enumerate(lengths)]
+    params = tuple(SamplingParams(max_tokens=limit, ignore_eos=True) for limit in (30, 500))
+    params_of = np.array([row % 2 for row in range(len(lengths))], dtype=np.int32)
+    table = replace(prompt_table(prompts, params[0]), params=params, params_of=params_of)
+    plan = build_plan(
+        table, request_table(len(prompts), 1), np.ones(len(prompts), bool), PlanOptions(order="input")
+    )
+    pool = KvPool(KvBuffers.empty([], 5000, None))
+    scheduler = Scheduler(plan, table, pool, Constant(1), 2048, most, 4096)
+    furthest = repeated = 0
+    while batch := scheduler.schedule():
+        repeats = scheduler.repeats(batch, 32) if batch.only_decodes else 1
+        if batch.only_decodes:
+            furthest = max(furthest, int(batch.positions.max()) + repeats)
+            repeated += repeats > 1
+        scheduler.advance(batch, repeats)
+        tokens = np.full((repeats, len(batch.samples)), 5)
+        scheduler.settle(batch, tokens, None, lambda run: len(run.output) >= run.limit)
+    assert furthest <= most
+    assert repeated >= 4
+
+
+def test_nothing_is_remembered_of_sequences_that_fail() -> None:
+    random = np.random.default_rng(6)
+    prompts = [random_text(random, 5), random_text(random, 40)]
+    params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, repetition_penalty=1.1)
+    outcome = run(llama()[1], prompts, params, kv_tokens=45, estimator=Constant(1))
+    assert "KV memory ran out" in str(outcome.results[1].error)
+    assert not outcome.engine.rules._histories

@@ -160,3 +160,24 @@ def test_every_token_of_a_document_is_in_one_window(length: int, limit: int) -> 
         assert len(span.tokens) - 1 <= limit
     for span in spans[1:]:
         assert len(span.tokens) - 1 == limit  # filled up with context
+
+
+def test_scores_of_rows_that_copy_from_one_that_never_fits() -> None:
+    """The first of three that share a token does not fit in memory: what was to be read there is read elsewhere."""
+    random = np.random.default_rng(1)
+    texts = [[11, 20 + number, *random.integers(4, VOCABULARY, 3).tolist()] for number in range(5)]
+    texts[0] += random.integers(4, VOCABULARY, 60).tolist()
+    texts[1] += random.integers(4, VOCABULARY, 50).tolist()
+    items = [TokenSpan(text, 1) for text in texts]
+    table, scored = mixed_table(items, None, VOCABULARY)
+    requests = make_requests(table, None, b"")
+    plan = build_plan(table, requests, np.ones(5, bool), PlanOptions(min_shared_tokens=4, order="input"))
+    assert plan.node_copied.tolist() == [0, 1, 1, 1, 1]
+    reads = plan_score_reads(plan, table, requests, scored)
+    rules, options = StopRules(frozenset([EOS]), None), EngineOptions(40)
+    engine = Engine(runner("llama"), plan, table, requests, rules, options, score_reads=reads)
+    errors = {result.sequence: result.error for finished in engine.run() for result in finished}
+    assert [errors[row] is None for row in range(5)] == [False, False, True, True, True]
+    for row in (2, 3, 4):
+        logprobs, _ = dense("llama", items[row])
+        np.testing.assert_allclose(engine.scores.logprob[reads.of_row(row)], logprobs, atol=1e-4, rtol=0)

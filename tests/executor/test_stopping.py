@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from batchllm.core import SamplingParams
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
@@ -151,3 +153,26 @@ def _generate(model: Any, prompt: torch.Tensor, **options: Any) -> list[int]:
             **options,
         )
     return output[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("tokenizer", ["byte level", "byte fallback"])
+def test_a_stop_string_of_a_character_that_min_tokens_divides(tokenizer: str) -> None:
+    """Its first bytes come before `min_tokens`, where each may be shown as a character."""
+    fallback = tokenizer == "byte fallback"
+    rules = StopRules(frozenset([EOS]), byte_fallback_tokenizer() if fallback else TOKENIZER)
+    tokens = list("ab中文".encode()) if fallback else tokens_of("ab中文")
+    for begun in (1, 2):
+        params = SamplingParams(max_tokens=50, min_tokens=3 + begun, stop=("中",))
+        assert rules.finish_reason(tokens[:5], 50, params) == "stop"
+        assert rules.text(tokens[:5], params) == "ab"
+    late = SamplingParams(max_tokens=50, min_tokens=6, stop=("中",))
+    assert rules.finish_reason(tokens[:6], 50, late) is None, "it was complete before min_tokens"
+    assert rules.text(tokens, late) == "ab中文"
+
+
+def byte_fallback_tokenizer() -> Any:
+    """As SentencePiece's: bytes as tokens of their own, of which each is U+FFFD until a character is complete."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<eos>": EOS}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")

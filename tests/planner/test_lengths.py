@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from planner_oracle import make_prompts, make_requests, random_rows
 
+from batchllm.core import SamplingParams
 from batchllm.planner import LengthEstimator, PlanOptions
 from batchllm.planner.length_groups import NO_GROUP, length_groups
-from batchllm.planner.lengths import KEPT_LENGTHS, SPREAD, TRUSTED_LENGTHS
+from batchllm.planner.length_kinds import MOST_KINDS
+from batchllm.planner.lengths import KEPT_LENGTHS, MOST_IN_GROUPS, SPREAD, TRUSTED_LENGTHS
 from batchllm.planner.plan import arrange, draft_plan
 
 
@@ -221,3 +223,27 @@ def test_what_was_learned_in_groups_makes_the_errors_small():
         without.learn(group * 0, length, np.array([1000]))
     assert without.errors.figures()["mean_absolute_error"] > 120
     assert with_groups.errors.figures()["mean_absolute_error"] < 40
+
+
+def test_parameters_that_say_nothing_of_lengths_are_not_told_apart():
+    params = [SamplingParams(max_tokens=500, seed=seed, logprobs=seed % 2 == 0) for seed in range(9)]
+    estimator = LengthEstimator(params=[*params, SamplingParams(max_tokens=500, temperature=1.0)])
+    estimator.observe(3, np.full(100, 20))
+    found = estimator.mean_total(np.arange(10), np.full(10, 500))
+    assert found.tolist() == [20] * 9 + [500]
+
+
+def test_memory_is_bounded_however_many_parameters_and_groups_there_are():
+    """The first kinds are learned one by one, all others together."""
+    sets = 100_000
+    params = [SamplingParams(max_tokens=100, allowed_token_ids=(number,)) for number in range(sets)]
+    estimator = LengthEstimator(params=params)
+    index, group = np.arange(sets), np.arange(sets) % 1000
+    estimator.learn(index, np.where(index == 0, 3, 30), np.full(sets, 100), group)
+    assert len(estimator._seen) == MOST_KINDS + 1
+    assert len(estimator._in_group) <= MOST_IN_GROUPS
+    first, last = estimator.mean_total(np.array([0, sets - 1]), np.full(2, 100))
+    assert (first, last) == (3, 30)
+    assert estimator.quantile(sets - 1, 0.99) == 30
+    remaining = estimator.estimate(index, np.full(sets, 29), np.full(sets, 100), group)
+    assert 1 <= remaining.min() <= remaining[-1] < 10

@@ -11,8 +11,10 @@ from batchllm.core import RequestTable, SamplingParams
 from batchllm.executor.kv_buffers import KvBuffers
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.scheduler import Scheduler
+from batchllm.forecast import simulate_plan
+from batchllm.planner.lengths import LengthEstimator
 from batchllm.planner.loads import StepLoads
-from batchllm.planner.plan import PlanOptions, build_plan
+from batchllm.planner.plan import PlanOptions, arrange, build_plan, draft_plan
 from batchllm.planner.sample import part_of, spread_blocks
 from batchllm.planner.simulate import Simulation, SimulationOptions, simulate
 from tests.executor.harness import prompt_table, run
@@ -53,7 +55,8 @@ def random_job(random, longest):
 def scheduled(table, plan, options, compact):
     """(what each step does [steps, COLUMNS], the scheduler). `compact`: as if memory never fragmented."""
     pool = KvPool(KvBuffers.empty([], options.kv_tokens, None))
-    scheduler = Scheduler(plan, table, pool, Known(), options.max_step_tokens, None, options.max_running)
+    limits = options.max_step_tokens, options.max_length, options.max_running
+    scheduler = Scheduler(plan, table, pool, Known(), *limits)
     if compact:
         allocate = scheduler.memory._try_allocate
 
@@ -222,3 +225,31 @@ def test_a_model_run_has_the_predicted_steps_and_memory(seed):
     assert simulation.steps == outcome.stats.steps
     assert simulation.peak_kv_tokens == outcome.stats.kv_tokens_peak
     assert simulation.prompt_tokens == outcome.stats.prompt_tokens_computed
+
+
+def test_outputs_end_where_the_model_does():
+    """With a limit far beyond it, what is expected is what the scheduler allows, and nothing takes longer."""
+    random = np.random.default_rng(9)
+    prompts = [random.integers(4, 90, length).tolist() for length in random.integers(1, 64, 50)]
+    table = prompt_table(prompts, SamplingParams(max_tokens=10**6, ignore_eos=True))
+    requests = RequestTable(np.arange(50), np.zeros(50, np.int32), np.zeros((50, 2), np.uint64))
+    draft = draft_plan(table, requests, np.ones(50, dtype=bool), PlanOptions(max_length=64))
+    options = SimulationOptions(1000, 48, max_length=64)
+    plan = arrange(draft, "tree")
+    simulation, outputs = simulate_plan(plan, table, LengthEstimator(), options)
+    assert outputs == draft.expected_decode(plan).sum() == sum(64 - len(prompt) for prompt in prompts)
+    steps, scheduler = scheduled(table, plan, options, compact=True)
+    assert_same_steps(simulation, steps)
+    assert scheduler.output_tokens == outputs
+
+
+def test_outputs_without_end_stop_where_memory_does():
+    """Alone, a sequence runs until memory is full, whatever its limit."""
+    table = prompt_table([[5] * 20], SamplingParams(max_tokens=2**31 - 1))
+    requests = RequestTable(np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros((1, 2), np.uint64))
+    plan = build_plan(table, requests, np.ones(1, dtype=bool), PlanOptions())
+    options = SimulationOptions(500, 64)
+    simulation, _ = simulate_plan(plan, table, LengthEstimator(), options)
+    steps, scheduler = scheduled(table, plan, options, compact=True)
+    assert len(scheduler.failed) == 1
+    assert simulation.steps == len(steps)
