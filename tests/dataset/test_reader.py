@@ -234,6 +234,32 @@ def test_files_with_different_columns(tmp_path: Path) -> None:
     assert "Field x has incompatible types" in error_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "type_"),
+    [
+        (pa.array([3, 2**60 + 1, None]), pa.array([0.5]), "double"),
+        (
+            pa.array([0, 253_402_214_400_000_000, None], pa.timestamp("us")),
+            pa.array([1], pa.timestamp("ns")),
+            "timestamp[ns]",
+        ),
+        (pa.array([[3], [2**60 + 1], None]), pa.array([[0.5]]), "list<element: double>"),
+    ],
+    ids=["numbers", "times", "lists"],
+)
+def test_a_value_that_the_type_of_all_files_cannot_hold_is_a_fault(
+    tmp_path: Path, first: pa.Array, second: pa.Array, type_: str
+) -> None:
+    write_parquet(tmp_path / "a.parquet", x=first, y=[1, 2, 3])
+    write_parquet(tmp_path / "b.parquet", x=second, y=[4])
+    data = opened(tmp_path)
+    assert faults_of(data) == {1: f"column `x` holds a value that is no {type_}"}
+    (before, after) = (batch.data.column("x") for batch in data.batches())
+    assert before.is_null().to_pylist() == [False, True, True]
+    assert after.equals(second.cast(after.type))
+    assert faults_of(data, columns=["y"]) == {}
+
+
 def test_dictionary_columns_are_decoded(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", x=pa.array(["a", "b", "a", None]).dictionary_encode())
     data = opened(path)
