@@ -365,6 +365,56 @@ def test_columns_of_json_lines_come_from_all_lines(tmp_path: Path) -> None:
     assert opened(path, limit=10).schema.field("a").type == pa.int64()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{'q': 1}\n".encode("utf-16"), "is UTF-16; convert it to UTF-8"),
+        (b'\n[\n  {"q": 1}\n]\n', "is JSON over several lines; write every row as an object on one line"),
+        (b'[{"q": 1},\n{"q": 2}]', "is JSON over several lines"),
+        (b'{\r\n  "q": 1\r\n}\r\n', "is JSON over several lines"),
+    ],
+)
+def test_files_that_are_no_json_lines_at_all(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert f"job.yaml: input.path: `{path}` {reason}" in error_of(path)
+
+
+@pytest.mark.parametrize("line", [b"[1]", b'{"q": ', b"{,", b"\xff"])
+def test_a_bad_first_line_is_a_faulty_row(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line + b'\n{"q": 1}\n')
+    data = opened(path)
+    assert [row["q"] for row in rows_of(data)] == [None, 1]
+    assert list(faults_of(data)) == [0]
+
+
+@pytest.mark.parametrize("levels", [31, 32, 33, 64, 70, 500])
+def test_values_of_many_levels_become_text(tmp_path: Path, levels: int) -> None:
+    value: Any = 1
+    for level in range(levels):
+        value = {"a": value} if level % 2 else [value]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"x": value}))
+    (row,) = rows_of(opened(path))
+    assert row["x"] == (value if levels <= 32 else json.dumps(value))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_long_lines_end_a_batch(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1024 rows of 2 MB each would be more text than an Arrow array can hold."""
+    monkeypatch.setattr("batchllm.dataset.rows.BATCH_BYTES", 1000)
+    path = write_any(tmp_path, format, 100)
+    lines = path.read_text().splitlines()
+    lines[50] = lines[50].replace("row", "x" * 1000 + "row")
+    path.write_text("\n".join(lines))
+    data = opened(path)
+    assert [row["n"] for row in rows_of(data)] == list(range(100))
+    widths = [sum(len(row["text"]) for row in batch.data.to_pylist()) for batch in data.batches()]
+    assert len(widths) >= 2
+    assert max(widths) < 2100
+
+
 def test_values_of_no_common_type_become_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     values = ["text", 3, 2.5, True, [1, "ä"], {"k": {}}, None, 2**70]
