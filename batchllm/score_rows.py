@@ -15,6 +15,7 @@ from batchllm.dataset.choices import CHOICE, NUMBER, ChoiceRows
 from batchllm.dataset.load import LoadedRows, load_rows, validate_columns
 from batchllm.dataset.prompts import PromptPlan
 from batchllm.dataset.reader import InputData
+from batchllm.dataset.row_ids import plain_ids
 from batchllm.errors import JobError
 from batchllm.job import JobSpec
 from batchllm.job_sections import PromptSpec
@@ -129,7 +130,7 @@ def _row(prompts: PromptTable, row: int) -> list[int]:
 
 def _ids(rows: LoadedRows, first: IntArray) -> pa.ChunkedArray:
     """The id column and where scoring begins: the same text divided otherwise is another row."""
-    ids = itertools.repeat(None, len(first)) if rows.ids is None else rows.ids.to_pylist()
+    ids = itertools.repeat(None, len(first)) if rows.ids is None else plain_ids(rows.ids)
     return pa.chunked_array(
         [pa.array([repr((start, id_)) for start, id_ in zip(first.tolist(), ids)], pa.string())]
     )

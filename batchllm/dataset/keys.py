@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
 from batchllm.core import IntArray, PromptTable, RequestTable, SamplingParams
+from batchllm.dataset.row_ids import plain_ids
 
 _DEFAULTS = asdict(SamplingParams())
 _EARLIER = "max_tokens temperature top_p top_k min_p n seed stop stop_token_ids ignore_eos logprobs".split()
@@ -129,13 +130,14 @@ class _Contents:
 
     def of(self, row: int) -> bytes:
         """Of one row."""
-        return self._content(row, b"" if self._ids is None else _id_bytes(self._ids[row].as_py()))
+        row_id = b"" if self._ids is None else _id_bytes(*plain_ids(self._ids.slice(row, 1)))
+        return self._content(row, row_id)
 
     def __iter__(self) -> Iterator[bytes]:
         """Of all rows, in order; faster than one by one."""
         for start in range(0, self._prompts.num_rows, _ID_CHUNK_ROWS):
             count = min(_ID_CHUNK_ROWS, self._prompts.num_rows - start)
-            ids = None if self._ids is None else self._ids.slice(start, count).to_pylist()
+            ids = None if self._ids is None else plain_ids(self._ids.slice(start, count))
             for number in range(count):
                 yield self._content(start + number, b"" if ids is None else _id_bytes(ids[number]))
 
@@ -181,7 +183,7 @@ def _request_keys(
 
 
 def _id_bytes(value: object) -> bytes:
-    """What an id adds to its row's content."""
+    """What an id, as `plain_ids` gives it, adds to its row's content."""
     if isinstance(value, str):
         return b"t" + value.encode(errors="surrogatepass")
     if isinstance(value, bytes):

@@ -33,6 +33,8 @@ from batchllm.job import JobSpec
 from batchllm.planner.field_order import FieldOrder
 from batchllm.suggest import column_hint
 
+_NO_COLUMNS = RowFault("the row has no columns")
+
 
 class Advances(Protocol):
     """Whoever wants to know how far loading is."""
@@ -56,7 +58,7 @@ class LoadedRows:
 def validate_columns(job: JobSpec, schema: pa.Schema) -> None:
     """Raises JobError when the job names a column that is not there. Nothing has been written by then.
 
-    An input without any column has no rows either (an empty JSON lines file) and suits every job.
+    An input without any column suits every job: it has no rows, or none that could be read (JSON lines).
     """
     if not schema.names:
         return
@@ -144,6 +146,7 @@ class _Loader:
         self._faults: dict[int, str] = {}
         self.tokenize_seconds = 0.0
         self._chunks = ChunkTableBuilder() if job.chunks else None
+        self._renderer: PromptRenderer | None = None  # None: the input has no columns
         kept = _kept_columns(job, schema)
         if not schema.names:
             self.kept_schema = pa.schema([(name, pa.null()) for name in kept])
@@ -162,14 +165,7 @@ class _Loader:
     def load(self, batch: RowBatch) -> Tokenized:
         """Token ids of each row of the batch, empty for the rows that turn out to be faulty."""
         first = len(self._params_of)
-        prompts = self._renderer.render(batch.data, self._order, first)
-        params = self._params.of(batch.data)
-        ids = batch.data.column(self._id) if self._id is not None else None
-        for row in range(batch.num_rows):
-            fault = batch.faults.get(row)
-            if fault is None and ids is not None and not ids[row].is_valid:
-                fault = RowFault(f"column `{self._id}` is null")
-            prompts[row] = fault or _first_fault(prompts[row], params[row])
+        prompts, params = self._prompts(batch, first)
         started = time.perf_counter()
         tokenized = tokenize(self._tokenizer, prompts)
         self.tokenize_seconds += time.perf_counter() - started
@@ -181,13 +177,34 @@ class _Loader:
         self._params_of += [index if isinstance(index, int) else 0 for index in params]
         return tokenized
 
+    def _prompts(
+        self, batch: RowBatch, first_row: int
+    ) -> tuple[list[Prompt | RowFault], list[int | RowFault]]:
+        """The prompt of each row, or the first thing that is wrong with it, and its parameters."""
+        if self._renderer is None:
+            faults = [batch.faults.get(row, _NO_COLUMNS) for row in range(batch.num_rows)]
+            return [*faults], [*faults]
+        prompts = self._renderer.render(batch.data, self._order, first_row)
+        params = self._params.of(batch.data)
+        ids = batch.data.column(self._id) if self._id is not None else None
+        for row in range(batch.num_rows):
+            fault = batch.faults.get(row)
+            if fault is None and ids is not None and not ids[row].is_valid:
+                fault = RowFault(f"column `{self._id}` is null")
+            prompts[row] = fault or _first_fault(prompts[row], params[row])
+        return prompts, params
+
     def chunk_table(self) -> ChunkTable | None:
         return self._chunks.build() if self._chunks is not None else None
 
     def kept(self, data: pa.RecordBatch) -> pa.RecordBatch:
-        if not self.kept_schema.names:
+        names = self.kept_schema.names
+        if not names:
             return data.select([])
-        columns = [with_valid_text(data.column(name)) for name in self.kept_schema.names]
+        if self._renderer is None:
+            columns = [pa.nulls(data.num_rows)] * len(names)
+        else:
+            columns = [with_valid_text(data.column(name)) for name in names]
         return pa.record_batch(columns, schema=self.kept_schema)
 
     def reordering_saves(self, tokens: int) -> int:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import count
 
 import pyarrow as pa
 
 from batchllm.dataset.csv_rows import Cell, split_rows
 from batchllm.dataset.files import InputFiles
 from batchllm.dataset.lines import read_lines
-from batchllm.dataset.rows import RowBatch, RowFault, no_columns
+from batchllm.dataset.rows import RowBatch, RowFault, cut, no_columns
 from batchllm.errors import InputError
 
 _WHOLE_NUMBER = re.compile(rb"0|-?[1-9][0-9]{0,17}")
@@ -45,7 +45,7 @@ class CsvReader:
         fields = [self.schema.field(name) for name in columns]
         for header, rows in self._open_all():
             places = [header.index(name) if name in header else None for name in columns]
-            while chunk := list(islice(rows, batch_rows)):
+            for chunk in cut(((row, _num_bytes(row)) for row in rows), batch_rows):
                 yield _to_batch(chunk, fields, places)
 
     def _open_all(self) -> Iterator[tuple[list[str], Iterator[list[Cell] | RowFault]]]:
@@ -89,6 +89,10 @@ def _note_values(header: list[str], row: list[Cell], seen: set[str], texts: set[
             seen.add(name)
             if not _WHOLE_NUMBER.fullmatch(cell):
                 texts.add(name)
+
+
+def _num_bytes(row: list[Cell] | RowFault) -> int:
+    return 0 if isinstance(row, RowFault) else sum(len(cell) for cell in row if cell)
 
 
 def _to_batch(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import pyarrow as pa
 
 from batchllm.dataset.files import InputFiles
 from batchllm.dataset.lines import read_lines
-from batchllm.dataset.rows import RowBatch, RowFault, no_columns
+from batchllm.dataset.rows import RowBatch, RowFault, cut, no_columns
+from batchllm.errors import InputError
 
 Record = Mapping[str, object]
 
 _SCAN_ROWS = 1024
+_MOST_LEVELS = 32  # of lists and objects in a column's type; Arrow files can hold 64
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_OPENS_ONLY = re.compile(rb"[\[{]|\[.*,")  # the first line of an array or object over several lines
 _UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError)
 
 
@@ -41,27 +47,31 @@ class JsonLinesReader:
 
     def _record_batches(self, batch_rows: int) -> Iterator[list[Record | RowFault]]:
         """Every record once, in order, not more than `batch_rows` at a time and the limit in all."""
-        batch: list[Record | RowFault] = []
-        left = self._limit
+        lines = islice(self._lines(), self._limit)
+        return cut(((_parse(line, where), len(line)) for where, line in lines), batch_rows)
+
+    def _lines(self) -> Iterator[tuple[str, bytes]]:
+        """Every line that is not blank, and what to call it."""
         for path in self._files.paths:
-            for number, line in _lines(self._files, path):
-                if left == 0:
-                    break
-                left = None if left is None else left - 1
-                batch.append(_parse(line, f"{posixpath.basename(path)}, line {number}"))
-                if len(batch) == batch_rows:
-                    yield batch
-                    batch = []
-        if batch:
-            yield batch
+            seen = False
+            for number, line in enumerate(read_lines(self._files, path), start=1):
+                text = line.strip()
+                if not text:
+                    continue
+                if not seen:
+                    _refuse_other_files(text, path)
+                    seen = True
+                yield f"{posixpath.basename(path)}, line {number}", text
 
 
-def _lines(files: InputFiles, path: str) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of every line that is not blank."""
-    for number, line in enumerate(read_lines(files, path), start=1):
-        text = line.strip()
-        if text:
-            yield number, text
+def _refuse_other_files(first_line: bytes, path: str) -> None:
+    """Raises InputError where it would be the same complaint about every line."""
+    if first_line.startswith(_UTF_16):
+        raise InputError(f"input.path: `{path}` is UTF-16; convert it to UTF-8")
+    if _OPENS_ONLY.fullmatch(first_line):
+        raise InputError(
+            f"input.path: `{path}` is JSON over several lines; write every row as an object on one line"
+        )
 
 
 def _parse(line: bytes, where: str) -> Record | RowFault:
@@ -94,8 +104,15 @@ def _widen(types: dict[str, pa.DataType], records: Sequence[Record]) -> None:
 
 
 def _storable(type_: pa.DataType) -> pa.DataType:
-    """Objects without keys have no Parquet type, so a column that has such objects becomes text."""
-    return pa.string() if "struct<>" in str(type_) else type_
+    """Text for a column with objects without keys, which Parquet cannot store, or with very many levels."""
+    return pa.string() if _is_deep(type_) or "struct<>" in str(type_) else type_
+
+
+def _is_deep(type_: pa.DataType) -> bool:
+    level = [type_]
+    for _ in range(_MOST_LEVELS + 1):
+        level = [outer.field(number).type for outer in level for number in range(outer.num_fields)]
+    return bool(level)
 
 
 def _to_batch(records: Sequence[Record | RowFault], fields: Sequence[pa.Field]) -> RowBatch:

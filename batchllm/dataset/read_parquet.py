@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from batchllm.dataset.files import InputFiles, first_line
-from batchllm.dataset.rows import RowBatch, no_columns
+from batchllm.dataset.rows import RowBatch, RowFault, no_columns
 from batchllm.errors import InputError
 
 _READ_BYTES = 1 << 20
@@ -43,7 +43,7 @@ class ParquetReader:
             constants = ds.get_partition_keys(fragment.partition_expression)
             try:
                 for batch in self._file_batches(fragment.path, columns, batch_rows):
-                    yield RowBatch(_conform(batch, fields, constants))
+                    yield _conform(batch, fields, constants)
             except (OSError, pa.ArrowException) as error:
                 raise InputError(f"input.path: `{fragment.path}`: {first_line(error)}") from None
 
@@ -65,12 +65,11 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     return type_.value_type if pa.types.is_dictionary(type_) else type_
 
 
-def _conform(
-    batch: pa.RecordBatch, fields: Sequence[pa.Field], constants: Mapping[str, object]
-) -> pa.RecordBatch:
+def _conform(batch: pa.RecordBatch, fields: Sequence[pa.Field], constants: Mapping[str, object]) -> RowBatch:
     """The batch of one file with the columns and types of the whole input."""
     if not fields:
-        return no_columns(batch.num_rows)
+        return RowBatch(no_columns(batch.num_rows))
+    faults: dict[int, RowFault] = {}
     names = set(batch.schema.names)
     columns = []
     for field in fields:
@@ -78,8 +77,27 @@ def _conform(
             column = batch.column(field.name)
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
-            columns.append(column if column.type == field.type else column.cast(field.type))
+            columns.append(_cast(column, field, faults))
         else:
             value = pa.scalar(constants.get(field.name), field.type)
             columns.append(pa.repeat(value, batch.num_rows))
-    return pa.record_batch(columns, names=[field.name for field in fields])
+    return RowBatch(pa.record_batch(columns, names=[field.name for field in fields]), faults)
+
+
+def _cast(column: pa.Array, field: pa.Field, faults: dict[int, RowFault]) -> pa.Array:
+    """The column in the type of the whole input. A value that has none there becomes a null and a fault."""
+    if column.type == field.type:
+        return column
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid:
+        pass
+    values = []
+    for row in range(len(column)):
+        try:
+            # Not a slice: the cast of one looks at the whole of the list below it.
+            values.append(column.take(pa.array([row])).cast(field.type))
+        except pa.ArrowInvalid:
+            values.append(pa.nulls(1, field.type))
+            faults[row] = RowFault(f"column `{field.name}` holds a value that is no {field.type}")
+    return pa.concat_arrays(values)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pyarrow as pa
+
+Item = TypeVar("Item")
+
+BATCH_BYTES = 64 << 20  # far below the 2 GiB of text that an Arrow array can hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +43,17 @@ class RowBatch:
 def no_columns(rows: int) -> pa.RecordBatch:
     """A batch that has rows and no columns."""
     return pa.record_batch([pa.nulls(rows)], names=["none"]).select([])
+
+
+def cut(rows: Iterable[tuple[Item, int]], most_rows: int) -> Iterator[list[Item]]:
+    """Consecutive rows together, in order. They come with their bytes, of which BATCH_BYTES end a batch as well."""
+    batch: list[Item] = []
+    size = 0
+    for row, row_bytes in rows:
+        batch.append(row)
+        size += row_bytes
+        if len(batch) == most_rows or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

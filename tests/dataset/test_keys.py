@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_everything_that_decides_the_text_is_in_the_key() -> None:
         one_key(configuration=b"model2"),
         one_key(row_id=""),
         one_key(row_id=1),
-        one_key(row_id="1"),
+        one_key(row_id="01"),
         one_key(row_id=b"1"),
     ]
     assert len({base, *others}) == len(others) + 1
@@ -227,10 +228,27 @@ def test_memory_mapped_tokens(tmp_path: Path) -> None:
     )
 
 
-def test_keys_are_those_of_earlier_versions() -> None:
+@pytest.mark.parametrize(
+    ("row_id", "key"),
+    [
+        ("a", (12769402145457693901, 17522324750047541442)),
+        (7, (12797144501707557145, 10712562748779508083)),
+        (0.5, (9977237441589467945, 7330743341414673748)),
+        (datetime(2024, 2, 29, 12, 30), (4121836394692392328, 15940726020841102003)),
+        (date(2024, 2, 29), (16065537673772675817, 17709564454916173295)),
+    ],
+)
+def test_keys_are_those_of_earlier_versions(row_id: object, key: tuple[int, int]) -> None:
     """A change here makes every earlier result worthless: its rows would all be computed again."""
-    requests = make_requests(prompts_of([[1, 2, 3]], [SAMPLED]), ids_of(["a"]), b"model")
-    assert keys(requests) == [(12769402145457693901, 17522324750047541442)]
+    assert one_key(row_id=row_id) == key
+
+
+def test_an_id_is_the_same_in_a_column_of_another_type() -> None:
+    """One added id, `A7` or 1.5, changes the type of them all."""
+    assert one_key(row_id=7) == one_key(row_id="7") == one_key(row_id=7.0)
+    whole = keys(make_requests(prompts_of([[1], [1]]), ids_of([1, 2]), b"c"))
+    text = keys(make_requests(prompts_of([[1], [1], [1]]), ids_of(["2", "A7", "1"]), b"c"))
+    assert [text[2], text[0]] == whole
 
 
 small_keys = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=30)

@@ -253,6 +253,32 @@ def test_files_with_different_columns(tmp_path: Path) -> None:
     assert "Field x has incompatible types" in error_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "type_"),
+    [
+        (pa.array([3, 2**60 + 1, None]), pa.array([0.5]), "double"),
+        (
+            pa.array([0, 253_402_214_400_000_000, None], pa.timestamp("us")),
+            pa.array([1], pa.timestamp("ns")),
+            "timestamp[ns]",
+        ),
+        (pa.array([[3], [2**60 + 1], None]), pa.array([[0.5]]), "list<element: double>"),
+    ],
+    ids=["numbers", "times", "lists"],
+)
+def test_a_value_that_the_type_of_all_files_cannot_hold_is_a_fault(
+    tmp_path: Path, first: pa.Array, second: pa.Array, type_: str
+) -> None:
+    write_parquet(tmp_path / "a.parquet", x=first, y=[1, 2, 3])
+    write_parquet(tmp_path / "b.parquet", x=second, y=[4])
+    data = opened(tmp_path)
+    assert faults_of(data) == {1: f"column `x` holds a value that is no {type_}"}
+    (before, after) = (batch.data.column("x") for batch in data.batches())
+    assert before.is_null().to_pylist() == [False, True, True]
+    assert after.equals(second.cast(after.type))
+    assert faults_of(data, columns=["y"]) == {}
+
+
 def test_dictionary_columns_are_decoded(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", x=pa.array(["a", "b", "a", None]).dictionary_encode())
     data = opened(path)
@@ -356,6 +382,56 @@ def test_columns_of_json_lines_come_from_all_lines(tmp_path: Path) -> None:
         {"a": None, "b": [{"role": "user", "content": "x"}]},
     ]
     assert opened(path, limit=10).schema.field("a").type == pa.int64()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{'q': 1}\n".encode("utf-16"), "is UTF-16; convert it to UTF-8"),
+        (b'\n[\n  {"q": 1}\n]\n', "is JSON over several lines; write every row as an object on one line"),
+        (b'[{"q": 1},\n{"q": 2}]', "is JSON over several lines"),
+        (b'{\r\n  "q": 1\r\n}\r\n', "is JSON over several lines"),
+    ],
+)
+def test_files_that_are_no_json_lines_at_all(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert f"job.yaml: input.path: `{path}` {reason}" in error_of(path)
+
+
+@pytest.mark.parametrize("line", [b"[1]", b'{"q": ', b"{,", b"\xff"])
+def test_a_bad_first_line_is_a_faulty_row(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line + b'\n{"q": 1}\n')
+    data = opened(path)
+    assert [row["q"] for row in rows_of(data)] == [None, 1]
+    assert list(faults_of(data)) == [0]
+
+
+@pytest.mark.parametrize("levels", [31, 32, 33, 64, 70, 500])
+def test_values_of_many_levels_become_text(tmp_path: Path, levels: int) -> None:
+    value: Any = 1
+    for level in range(levels):
+        value = {"a": value} if level % 2 else [value]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"x": value}))
+    (row,) = rows_of(opened(path))
+    assert row["x"] == (value if levels <= 32 else json.dumps(value))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_long_lines_end_a_batch(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1024 rows of 2 MB each would be more text than an Arrow array can hold."""
+    monkeypatch.setattr("batchllm.dataset.rows.BATCH_BYTES", 1000)
+    path = write_any(tmp_path, format, 100)
+    lines = path.read_text().splitlines()
+    lines[50] = lines[50].replace("row", "x" * 1000 + "row")
+    path.write_text("\n".join(lines))
+    data = opened(path)
+    assert [row["n"] for row in rows_of(data)] == list(range(100))
+    widths = [sum(len(row["text"]) for row in batch.data.to_pylist()) for batch in data.batches()]
+    assert len(widths) >= 2
+    assert max(widths) < 2100
 
 
 def test_values_of_no_common_type_become_text(tmp_path: Path) -> None:
