@@ -19,7 +19,7 @@ from batchllm.dataset.messages import parse_messages
 from batchllm.errors import InputError
 from batchllm.openai_batch.requests import CHAT, COMPLETIONS, BadLine
 from batchllm.openai_batch.rows import write_rows
-from batchllm.openai_batch.run import bad_lines, check_readable, read_requests
+from batchllm.openai_batch.run import bad_lines, check_apart, check_readable, read_requests
 
 _ANSWERS = pa.schema(
     [
@@ -48,13 +48,14 @@ def convert(source: Path, target: Path, max_tokens: int = 256) -> list[tuple[int
     Raises InputError for other names and for a Parquet file that holds no requests.
     """
     check_readable(source)
+    check_apart(source, target)
     kinds = (source.suffix, target.suffix)
     if kinds == (".jsonl", ".parquet"):
         if _is_responses(source):
             _write_answers(source, target)
             return []
-        write_rows((request for _, request in read_requests(source)), target, max_tokens)
-        return list(bad_lines(source))
+        write_rows((request for _, request in read_requests(source, max_tokens)), target)
+        return list(bad_lines(source, max_tokens))
     if kinds == (".parquet", ".jsonl"):
         table = _open_requests(source)
         with target.open("w", encoding="utf-8") as file:
