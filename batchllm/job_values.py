@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -15,6 +15,7 @@ from batchllm.job_errors import describe
 
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
+_MAX_FLOAT = sys.float_info.max
 _MOST_LOGPROBS = 100  # beside each token
 MAX_PART_ROWS = 1_000_000  # the keys of a part's rows lie in its footer, which every reader loads whole
 _UNITS = {"": 1, "b": 1}
@@ -88,11 +89,12 @@ def _logit_bias(value: object) -> object:
     found: dict[int, float] = {}
     for token, bias in pairs:
         is_id = isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= _MAX_INT32
-        if isinstance(token, str) and token.isdecimal():
-            token, is_id = int(token), True
+        if isinstance(token, str) and token.isdecimal() and len(token) <= len(str(_MAX_INT32)):
+            token = int(token)
+            is_id = token <= _MAX_INT32
         if not is_id:
             raise ValueError(f"must have token ids as keys, found {describe(token)}")
-        if not isinstance(bias, int | float) or isinstance(bias, bool) or not math.isfinite(bias):
+        if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= _MAX_FLOAT:
             raise ValueError(f"must have a number for token {token}, found {describe(bias)}")
         found[token] = float(bias)
     return tuple(sorted(found.items()))
@@ -106,14 +108,18 @@ def _json_schema(value: object) -> object:
     if isinstance(value, str):
         try:
             schema = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"must be a JSON schema, found text that is not JSON: {error}") from None
     if not isinstance(schema, Mapping | bool):
         raise ValueError(f"must be a JSON schema, which is a mapping, found {describe(schema)}")
     try:
-        return json.dumps(schema, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(schema, ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be a JSON schema, found text that is half a surrogate pair") from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"must be a JSON schema: {error}") from None
+    return text
 
 
 def _prompt_logprobs(value: object) -> object:

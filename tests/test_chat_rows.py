@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchllm import LLM, SamplingParams
 from batchllm.dataset.chat_args import ChatArgs
 from batchllm.dataset.prompts import PromptRenderer
+from batchllm.dataset.reader import open_input
 from batchllm.dataset.rows import RowFault
 from batchllm.errors import JobError
-from batchllm.job import PromptSpec
+from batchllm.job import InputSpec, PromptSpec
 from tests.jobs import exit_code_of, make_job, read_output, save_model
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -261,3 +263,27 @@ def test_chat_in_memory_takes_the_same(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"tools must be|does not use `nonsense`|tokenize cannot be set"):
             asked([user("a")], **wrong)
+
+
+def test_switches_in_a_csv_file_are_those_of_a_parquet_file(tmp_path: Path) -> None:
+    """CSV has no booleans: `false` comes as a text, which counts as true."""
+    switches = [True, False, None, False]
+    wanted = [direct([user("a")], **({} if on is None else {"enable_thinking": on})) for on in switches]
+    assert wanted[0] != wanted[1]
+    args = {"enable_thinking": {"column": "think"}}
+    spec = PromptSpec.model_validate({"messages": [user("{{ q }}")], "template_args": args})
+    table = pa.table({"q": ["a"] * 4, "think": switches})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for style, texts in (("plain", ("true", "false")), ("pandas", ("True", "False"))):
+        cells = ["" if on is None else texts[not on] for on in switches]
+        (tmp_path / f"{style}.csv").write_text("q,think\n" + "".join(f"a,{cell}\n" for cell in cells))
+    for name in ("rows.parquet", "plain.csv", "pandas.csv"):
+        data = open_input(InputSpec(path=str(tmp_path / name)))
+        renderer = PromptRenderer(spec, tokenizer(), data.schema)
+        found = [prompt for batch in data.batches() for prompt in renderer.render(batch.data)]
+        assert [prompt for prompt in found if isinstance(prompt, RowFault)] == []
+        assert [prompt.text for prompt in found if not isinstance(prompt, RowFault)] == wanted, name
+    assert prompts([[user("a")]] * 2, {"tools": {"column": "t"}}, t=["true", "other"]) == [
+        "! column `t`: tools must be a list of mappings, or JSON of one, found true",
+        "! column `t`: tools must be a list of mappings, or JSON of one, found the text `other`",
+    ]

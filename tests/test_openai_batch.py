@@ -100,6 +100,23 @@ def bad_line(custom_id: str, kind: int) -> tuple[str | bytes, str, str, bool]:
             True,
         ),
         (chat(guided_regex="a{99}", max_tokens=4), "cannot_be_answered", "4 tokens were not enough", True),
+        (chat(guided_json="[" * 9000), "invalid_parameter", "body.guided_json must be a JSON schema", True),
+        (chat(guided_json=r'{"enum": ["\ud83d"]}'), "invalid_parameter", "half a surrogate pair", True),
+        (chat(logit_bias={"5": 10**400}), "invalid_parameter", "must have a number for token 5", True),
+        (chat(reasoning_effort=1), "invalid_parameter", "body.reasoning_effort must be text", True),
+        (chat(verbosity="low"), "unsupported_parameter", "body.verbosity is not supported", True),
+        (
+            chat(response_format={"type": "json_object"}, guided_json={}),
+            "invalid_parameter",
+            "body.response_format beside guided_json",
+            True,
+        ),
+        (
+            chat(guided_json={"allOf": [json.loads('{"not": ' * 300 + "{}" + "}" * 300)]}),
+            "cannot_be_answered",
+            "",
+            True,
+        ),
         (chat(guided_regex="a", guided_choice=["b"]), "invalid_parameter", "one structure", True),
         (
             chat(messages=[{"role": "user", "content": "x" * 600}]),
@@ -120,7 +137,7 @@ def bad_line(custom_id: str, kind: int) -> tuple[str | bytes, str, str, bool]:
     return kinds[kind % len(kinds)]
 
 
-BAD_KINDS = 49
+BAD_KINDS = 59
 
 
 def good_line(custom_id: str, number: int) -> dict[str, Any]:

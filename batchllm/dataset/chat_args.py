@@ -1,7 +1,8 @@
 """Arguments for the chat template: tools, documents, switches such as `enable_thinking`; of the job or of each row.
 
 A value of `prompt.template_args` may be `{column: NAME}`. `template_args: {column: NAME}` takes all of them from one
-column: a mapping, or JSON text that holds one. A null is an argument that is not given.
+column: a mapping, or JSON text that holds one. A null is an argument that is not given. In a column of text, as every
+switch of a CSV file is, `true` and `false` are switches: as texts, both would count as true.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _FIXED = (
     "max_length tokenizer_kwargs sanitize_control_tokens"
 ).split()
 _LISTS = ("tools", "documents")
+_SWITCHES = {"true": True, "false": False, "True": True, "False": False}
 
 
 class ChatArgs:
@@ -64,6 +66,8 @@ class ChatArgs:
             value = _parsed(values[name])
             if value is None:
                 continue
+            if isinstance(value, str):
+                value = _SWITCHES.get(value, value)
             args[key] = value
             wrong = wrong_args(args)
             if wrong is not None:

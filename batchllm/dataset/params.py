@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from decimal import Decimal
 
 import pyarrow as pa
 
 from batchllm.core import SamplingParams
+from batchllm.dataset.messages import without_nulls
 from batchllm.dataset.rows import RowFault
 from batchllm.dataset.values import python_values
 from batchllm.job import GenerateSpec, InvalidParam
@@ -65,16 +67,27 @@ class RowParams:
 
 
 def _plain(parameter: str, value: object) -> object:
-    """Numbers as columns hold them: a fraction that is whole, a decimal, or, in a CSV file, text."""
+    """Values as they are meant: numbers that columns hold as fractions, decimals or, in a CSV file, as text; mappings
+    without the fields that only other rows have."""
+    if isinstance(value, Mapping):
+        return without_nulls(value)
     if parameter in _TEXT or value is None:
         return value
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
+        value = _from_json(value)
     if isinstance(value, Decimal):
         value = float(value)
     if isinstance(value, float) and parameter in _WHOLE and value.is_integer():
         return int(value)
     return value
+
+
+def _from_json(text: str) -> object:
+    """What the text is as JSON, or the text itself."""
+    try:
+        value: object = json.loads(text)
+        if r"\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return value
+    except (ValueError, RecursionError):
+        return text

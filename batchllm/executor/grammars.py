@@ -53,7 +53,7 @@ def grammar_of(params: SamplingParams) -> str:
         return str(LLMatcher.grammar_from_regex(params.regex))
     if params.grammar:
         return str(LLMatcher.grammar_from_lark(params.grammar))
-    schema = params.json_schema if json.loads(params.json_schema) is not True else "{}"
+    schema = params.json_schema if params.json_schema != "true" else "{}"
     return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _JSON_SPACE}))
 
 
@@ -61,7 +61,7 @@ def compile_grammar(params: SamplingParams, vocabulary: Any) -> Any:
     """An LLMatcher at the beginning of an answer; ValueError, the end of "json_schema ...", if there is none."""
     from llguidance import LLMatcher
 
-    if params.json_schema and json.loads(params.json_schema) is False:
+    if params.json_schema == "false":
         raise ValueError("is false, which no text satisfies")
     try:
         grammar = grammar_of(params)

@@ -49,10 +49,13 @@ def run_batch(
 @click.argument("target", type=click.Path(path_type=Path))
 @_max_tokens
 def convert_batch(source: Path, target: Path, max_tokens: int) -> int:
-    """Convert an OpenAI batch file to Parquet (.jsonl to .parquet), or requests back."""
+    """Convert an OpenAI batch file to Parquet (.jsonl to .parquet), or requests back.
+
+    Exits with 3 when some lines or rows are no requests and were left out.
+    """
     from batchllm.openai_batch.convert import convert
 
     left_out = convert(source, target, max_tokens)
-    for number, error in left_out:
-        click.echo(f"{source}, line {number}: {error}", err=True)
+    for place, error in left_out:
+        click.echo(f"{source}, {place}: {error}", err=True)
     return 3 if left_out else 0

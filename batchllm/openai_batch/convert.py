@@ -7,6 +7,7 @@ every sampling parameter, so that a job can read it: it is what `run-batch` runs
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchllm.core import SamplingParams
-from batchllm.dataset.messages import parse_messages
+from batchllm.dataset.messages import parse_messages, without_nulls
+from batchllm.dataset.rows import RowFault
+from batchllm.dataset.values import python_values
 from batchllm.errors import InputError
-from batchllm.openai_batch.requests import CHAT, COMPLETIONS, BadLine
+from batchllm.job_errors import describe
+from batchllm.openai_batch.requests import CHAT, COMPLETIONS, BadLine, parse_line
 from batchllm.openai_batch.rows import write_rows
-from batchllm.openai_batch.run import bad_lines, check_readable, read_requests
+from batchllm.openai_batch.run import bad_lines, check_apart, check_readable, read_requests
 
 _ANSWERS = pa.schema(
     [
@@ -40,28 +44,33 @@ _BODY_NAMES = {
     "grammar": "guided_grammar",
 }
 _ALWAYS = ("temperature", "max_tokens")  # whose defaults here are not OpenAI's
+_READ = frozenset({"custom_id", "model", "prompt", "template_args", "echo", *asdict(SamplingParams())})
 
 
-def convert(source: Path, target: Path, max_tokens: int = 256) -> list[tuple[int, BadLine]]:
-    """By the names: .jsonl → .parquet, or .parquet → .jsonl. Returns lines left out because they are no requests.
+def convert(source: Path, target: Path, max_tokens: int = 256) -> list[tuple[str, BadLine]]:
+    """By the names: .jsonl → .parquet, or .parquet → .jsonl. Returns what was left out, as no request: (place, why).
 
     Raises InputError for other names and for a Parquet file that holds no requests.
     """
     check_readable(source)
+    check_apart(source, target)
     kinds = (source.suffix, target.suffix)
     if kinds == (".jsonl", ".parquet"):
         if _is_responses(source):
             _write_answers(source, target)
             return []
-        write_rows((request for _, request in read_requests(source)), target, max_tokens)
-        return list(bad_lines(source))
+        write_rows((request for _, request in read_requests(source, max_tokens)), target)
+        return [(f"line {number}", error) for number, error in bad_lines(source, max_tokens)]
     if kinds == (".parquet", ".jsonl"):
         table = _open_requests(source)
+        left_out = []
         with target.open("w", encoding="utf-8") as file:
-            for batch in table.iter_batches():
-                for row in batch.to_pylist():
-                    file.write(json.dumps(_record(row), ensure_ascii=False) + "\n")
-        return []
+            for number, row in enumerate(_rows(table), start=1):
+                try:
+                    file.write(_line(row, max_tokens) + "\n")
+                except BadLine as error:
+                    left_out.append((f"row {number}", error))
+        return left_out
     raise InputError(f"{source} → {target}: one must be named .jsonl and the other .parquet")
 
 
@@ -70,20 +79,24 @@ def _is_responses(path: Path) -> bool:
         first = next((line for line in file if line.strip()), b"")
     try:
         record = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and "response" in record and "body" not in record
 
 
 def _write_answers(source: Path, target: Path) -> None:
     rows: list[dict[str, Any]] = []
-    with source.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+    with source.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
                 try:
-                    rows += _answer_rows(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                    found = _answer_rows(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
+                    pa.RecordBatch.from_pylist(
+                        found, schema=_ANSWERS
+                    )  # whether their values are of these types
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     raise InputError(f"{source}: line {number} is no line of a batch output file") from None
+                rows += found
     pq.write_table(pa.Table.from_pylist(rows, schema=_ANSWERS), target)
 
 
@@ -118,16 +131,38 @@ def _open_requests(source: Path) -> pq.ParquetFile:
     return file
 
 
+def _rows(table: pq.ParquetFile) -> Iterator[dict[str, Any]]:
+    """What requests are made of, row by row; a value that cannot be read is a RowFault."""
+    names = [name for name in table.schema_arrow.names if name in _READ]
+    for batch in table.iter_batches(columns=names):
+        columns = [python_values(batch.column(name), name, nullable=True) for name in names]
+        yield from (dict(zip(names, values)) for values in zip(*columns))
+
+
+def _line(row: dict[str, Any], max_tokens: int) -> str:
+    """The request of a row as `run-batch` reads it. Raises BadLine where it would refuse it."""
+    fault = next((value for value in row.values() if isinstance(value, RowFault)), None)
+    if fault is not None:
+        raise BadLine("invalid_row", fault.reason)
+    try:
+        line = json.dumps(_record(row), ensure_ascii=False)
+    except (TypeError, RecursionError) as error:  # dates, for example
+        raise BadLine("invalid_row", f"a value cannot be written as JSON: {error}") from None
+    parse_line(line.encode(errors="surrogatepass"), max_tokens)
+    return line
+
+
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     defaults = asdict(SamplingParams())
     body: dict[str, Any] = {} if row.get("model") is None else {"model": row["model"]}
-    messages = row["prompt"] if isinstance(row["prompt"], list) else parse_messages(row["prompt"])
-    body |= {"prompt": row["prompt"]} if messages is None else {"messages": messages}
+    prompt = row["prompt"]
+    messages = _messages(prompt)
+    body |= {"prompt": prompt} if messages is None else {"messages": messages}
     for name, default in defaults.items():
         value: Any = row.get(name)
         given = value is not None and (name in _ALWAYS or value != default) and value not in ([], "")
         if given and name not in ("logprobs", "top_logprobs"):
-            parsed = json.loads(value) if name in ("logit_bias", "json_schema") else value
+            parsed = _from_json(name, value) if name in ("logit_bias", "json_schema") else value
             body[_BODY_NAMES.get(name, name)] = parsed
     if row.get("logprobs"):
         top = row.get("top_logprobs") or 0
@@ -136,11 +171,34 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
         body |= {"echo": True} if row["echo"] == "before" else {"echo": True, "max_tokens": 0}
         if row.get("logprobs"):
             body.pop("prompt_logprobs", None)  # which echo asks for
-    template_args: Any = row.get("template_args")
-    args = json.loads(template_args) if template_args else {}
+    args = _from_json("template_args", row.get("template_args") or {})
+    if not isinstance(args, dict):
+        raise BadLine("invalid_row", f"column `template_args` must hold a mapping, found {describe(args)}")
     if "tools" in args:
         body["tools"] = args.pop("tools")
     if args:
         body["chat_template_kwargs"] = args
     url = COMPLETIONS if messages is None else CHAT
-    return {"custom_id": str(row["custom_id"]), "method": "POST", "url": url, "body": body}
+    custom_id = None if row["custom_id"] is None else str(row["custom_id"])
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def _messages(prompt: object) -> list[Any] | None:
+    """The conversation that a prompt is, or None for a text."""
+    messages = parse_messages(prompt) if isinstance(prompt, str) else without_nulls(prompt)
+    if isinstance(messages, RowFault):
+        raise BadLine("invalid_prompt", f"column `prompt`: {messages.reason}")
+    if not isinstance(messages, list) and not isinstance(prompt, str):
+        message = f"column `prompt` must hold a text or a list of messages, found {describe(prompt)}"
+        raise BadLine("invalid_prompt", message)
+    return messages
+
+
+def _from_json(name: str, value: object) -> Any:
+    """A mapping, whether the column holds it or JSON of it."""
+    if not isinstance(value, str):
+        return without_nulls(value)
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadLine("invalid_row", f"column `{name}` does not hold JSON: {error}") from None

@@ -40,8 +40,13 @@ _SAMPLING = {
     "guided_grammar": "grammar",
     "prompt_logprobs": "prompt_logprobs",
 }
-_TEMPLATE = ("add_generation_prompt", "continue_final_message", "chat_template", "documents")
-_IGNORED = frozenset("model user metadata store service_tier parallel_tool_calls stream_options".split())
+_TEMPLATE = (
+    "add_generation_prompt continue_final_message chat_template documents reasoning_effort".split()
+)  # names in a body that chat templates know too
+_IGNORED = frozenset(  # what is answered does not depend on them
+    "model user metadata store service_tier parallel_tool_calls stream_options prediction safety_identifier "
+    "prompt_cache_key prompt_cache_retention".split()
+)
 # Asked for nothing by these values, and not to be had otherwise.
 _ABSENT: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -50,6 +55,8 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "tool_choice": ("none", "auto"),
+    "verbosity": ("medium",),
+    "web_search_options": (),
     "audio": (),
 }
 _CHAT_ONLY = frozenset(
@@ -77,13 +84,13 @@ class BatchRequest:
     url: str
     content: str  # the prompt, or the messages as JSON
     params: Mapping[str, Any]
-    template_args: Mapping[str, Any]
+    template_args: str | None  # JSON
     model: str | None
     echo: Echo | None = None  # the prompt comes before the answer, or in its place
 
 
-def parse_line(line: bytes) -> BatchRequest:
-    """Raises BadLine."""
+def parse_line(line: bytes, max_tokens: int) -> BatchRequest:
+    """Raises BadLine. `max_tokens`: where the body does not say."""
     try:
         record = json.loads(line.decode())
         if rb"\u" in line:
@@ -103,13 +110,16 @@ def parse_line(line: bytes) -> BatchRequest:
         found = "none" if custom_id is None else describe(custom_id)
         raise BadLine("missing_custom_id", f"custom_id must be text that names the request, found {found}")
     try:
-        return _request(custom_id, record)
+        return _request(custom_id, record, max_tokens)
     except BadLine as error:
         error.custom_id = custom_id
         raise
+    except RecursionError:
+        message = "the line has lists or objects inside each other too often"
+        raise BadLine("invalid_json", message, custom_id) from None
 
 
-def _request(custom_id: str, record: Mapping[str, Any]) -> BatchRequest:
+def _request(custom_id: str, record: Mapping[str, Any], max_tokens: int) -> BatchRequest:
     if record.get("method", "POST") != "POST":
         raise BadLine("invalid_method", f"method must be POST, found {describe(record['method'])}")
     url, body = record.get("url"), record.get("body")
@@ -119,19 +129,21 @@ def _request(custom_id: str, record: Mapping[str, Any]) -> BatchRequest:
         raise BadLine("invalid_body", f"body must be a JSON object, found {describe(body)}")
     body = {name: value for name, value in body.items() if value is not None}
     _check_names(body, url)
+    if "max_completion_tokens" in body:
+        body.pop("max_tokens", None)  # its older name
     echo = _echo(body)
     if echo == "alone":
         body |= {"max_tokens": 1}  # the model has to read the prompt; the token is left out of the answer
     content = _messages(body) if url == CHAT else _prompt(body)
-    params = _sampling(body, url)
-    template_args = _template_args(body) if url == CHAT else {}
+    params = _sampling(body, url, max_tokens)
+    args = _template_args(body) if url == CHAT else {}
     model = body.get("model")
     return BatchRequest(
         custom_id,
         url,
         content,
         params,
-        template_args,
+        json.dumps(args) if args else None,
         model if isinstance(model, str) else None,
         echo,
     )
@@ -186,17 +198,24 @@ def _prompt(body: Mapping[str, Any]) -> str:
     return prompt
 
 
-def _sampling(body: Mapping[str, Any], url: str) -> dict[str, Any]:
+def _sampling(body: Mapping[str, Any], url: str, max_tokens: int) -> dict[str, Any]:
     given = {_SAMPLING[name]: value for name, value in body.items() if name in _SAMPLING}
     names = {_SAMPLING[name]: name for name in body if name in _SAMPLING}
     given |= _logprobs(body, url)
     if url == COMPLETIONS:
         names["top_logprobs"] = "logprobs"
     if "response_format" in body:
-        given |= _response_format(body["response_format"])
+        wanted = _response_format(body["response_format"])
+        if wanted and "json_schema" in given:
+            message = (
+                "body.response_format beside guided_json; an answer can have one structure, so remove one"
+            )
+            raise BadLine("invalid_parameter", message)
+        given |= wanted
+        names |= dict.fromkeys(wanted, "response_format")
     if given.get("top_k") == -1:
         given["top_k"] = 0
-    given = {"temperature": 1.0, **given}
+    given = {"temperature": 1.0, "max_tokens": max_tokens, **given}
     try:
         params = GenerateSpec().params(given)
     except InvalidParam as error:
@@ -245,6 +264,9 @@ def _template_args(body: Mapping[str, Any]) -> dict[str, Any]:
         raise BadLine(
             "invalid_parameter", f"body.chat_template_kwargs must be an object, found {describe(extra)}"
         )
+    effort = args.get("reasoning_effort", "")
+    if not isinstance(effort, str):
+        raise BadLine("invalid_parameter", f"body.reasoning_effort must be text, found {describe(effort)}")
     tools = body.get("tools")
     if tools is not None:
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

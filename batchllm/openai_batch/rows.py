@@ -49,12 +49,13 @@ SCHEMA = pa.schema(
     ]
 )
 _ROWS = 4096
+_DEFAULTS = SamplingParams()
 assert set(_PARAM_TYPES) == {field.name for field in fields(SamplingParams)}
 
 
-def write_rows(requests: Iterable[BatchRequest], path: Path, max_tokens: int) -> int:
-    """One row a request, every parameter written out; the number of rows. `max_tokens`: where none is given."""
-    rows = (_row(request, max_tokens) for request in requests)
+def write_rows(requests: Iterable[BatchRequest], path: Path) -> int:
+    """One row a request, every parameter written out; the number of rows."""
+    rows = map(_row, requests)
     count = 0
     with pq.ParquetWriter(path, SCHEMA) as writer:
         for batch in _batches(rows):
@@ -77,9 +78,8 @@ def job_sections(rows: Path, output: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _row(request: BatchRequest, max_tokens: int) -> dict[str, Any]:
-    defaults = SamplingParams(max_tokens=max_tokens)
-    params = {name: request.params.get(name, getattr(defaults, name)) for name in _PARAM_TYPES}
+def _row(request: BatchRequest) -> dict[str, Any]:
+    params = {name: request.params.get(name, getattr(_DEFAULTS, name)) for name in _PARAM_TYPES}
     params["logit_bias"] = json.dumps(dict(params["logit_bias"])) if params["logit_bias"] else None
     return {
         "custom_id": request.custom_id,
@@ -87,7 +87,7 @@ def _row(request: BatchRequest, max_tokens: int) -> dict[str, Any]:
         "model": request.model,
         "prompt": request.content,
         "echo": request.echo,
-        "template_args": json.dumps(request.template_args) if request.template_args else None,
+        "template_args": request.template_args,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in params.items()},
     }
 

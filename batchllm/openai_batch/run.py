@@ -7,8 +7,10 @@ is answered depends on its custom_id and body, not on where its line stands.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -18,13 +20,20 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from batchllm.dataset.tokenizer import load_tokenizer
-from batchllm.errors import InputError, OutputError
+from batchllm.errors import InputError, JobError, OutputError, UserError
 from batchllm.executor.model_folder import check_model_folder
-from batchllm.job import make_job
+from batchllm.file_lock import FileLock
+from batchllm.job import JobSpec, make_job
 from batchllm.openai_batch.requests import BadLine, BatchRequest, parse_line
 from batchllm.openai_batch.responses import answer_line, error_line
 from batchllm.openai_batch.rows import job_sections, write_rows
 from batchllm.pipeline import run_job
+
+# Keys of a job that requests decide, and what their answers are read from.
+_NOT_TO_BE_SET = (
+    "input prompt score generate.logprobs generate.top_logprobs generate.prompt_logprobs output.path "
+    "output.keep"
+).split()
 
 
 def run_batch(
@@ -45,12 +54,21 @@ def run_batch(
         raise OutputError(f"{output}: is a folder; -o must name a file")
     if not output.absolute().parent.is_dir():
         raise OutputError(f"{output}: the folder {output.absolute().parent} does not exist")
+    check_apart(requests, output)
+    _check_overrides(overrides)
     folder = output.with_name(output.name + ".batch").absolute()
     sections = {"model": {"path": model}, **job_sections(folder / "rows.parquet", folder / "answers")}
     job = make_job(sections, Path.cwd(), "run-batch", overrides)
     check_model_folder(job.model.path, job.model.trust_remote_code)
-    folder.mkdir(exist_ok=True)
-    count = write_rows((line for _, line in read_requests(requests)), folder / "rows.parquet", max_tokens)
+    with _claimed(folder):
+        return _answer(job, requests, output, max_tokens, quiet)
+
+
+def _answer(job: JobSpec, requests: Path, output: Path, max_tokens: int, quiet: bool) -> int:
+    rows = Path(job.input.path)
+    new_rows = rows.with_name(f".{rows.name}.tmp")
+    count = write_rows((line for _, line in read_requests(requests, max_tokens)), new_rows)
+    os.replace(new_rows, rows)
     code = 0
     if count:
         code = run_job(job, quiet=quiet).exit_code
@@ -61,7 +79,7 @@ def run_batch(
     name, created = Path(job.model.path).name, int(time.time())
     part = output.with_name(output.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        for number, line in _lines(requests):
+        for number, line in _lines(requests, max_tokens):
             if isinstance(line, BadLine):
                 code = 3
                 record = error_line(number, line.custom_id, line.code, str(line))
@@ -74,14 +92,46 @@ def run_batch(
     return code
 
 
-def read_requests(path: Path) -> Iterator[tuple[int, BatchRequest]]:
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """One run at a time in the folder beside an output. A run that cannot start leaves no folder that it made."""
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / "lock", _refusal(folder))
+    try:
+        yield
+    except UserError:
+        if made and not (folder / "answers").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _refusal(folder: Path) -> str:
+    return (
+        f"{folder}: another run-batch (process {{}}) is at work there; "
+        "wait until it has ended or choose another -o"
+    )
+
+
+def _check_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raises JobError for those without which answers cannot be brought to their requests."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        for name in _NOT_TO_BE_SET:
+            if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}."):
+                raise JobError(f"--set {key}: the requests and -o decide what {name} is; remove it")
+
+
+def read_requests(path: Path, max_tokens: int) -> Iterator[tuple[int, BatchRequest]]:
     """(line number, request) of the lines that are requests."""
-    for number, line in _lines(path):
+    for number, line in _lines(path, max_tokens):
         if isinstance(line, BatchRequest):
             yield number, line
 
 
-def _lines(path: Path) -> Iterator[tuple[int, BatchRequest | BadLine]]:
+def _lines(path: Path, max_tokens: int) -> Iterator[tuple[int, BatchRequest | BadLine]]:
     """Every line that is not blank, from 1 on. A custom_id that comes again is an error."""
     seen: dict[str, int] = {}
     with path.open("rb") as file:
@@ -90,7 +140,7 @@ def _lines(path: Path) -> Iterator[tuple[int, BatchRequest | BadLine]]:
             if not line:
                 continue
             try:
-                request = parse_line(line)
+                request = parse_line(line, max_tokens)
                 first = seen.setdefault(request.custom_id, number)
                 if first != number:
                     message = f"custom_id {request.custom_id!r} is that of line {first} too; ids must differ"
@@ -112,9 +162,9 @@ def _answers(folder: Path) -> Iterator[list[dict[str, Any]]]:
         yield list(samples)
 
 
-def bad_lines(path: Path) -> Iterator[tuple[int, BadLine]]:
+def bad_lines(path: Path, max_tokens: int) -> Iterator[tuple[int, BadLine]]:
     """(line number, what is wrong) of the lines that are no requests."""
-    for number, line in _lines(path):
+    for number, line in _lines(path, max_tokens):
         if isinstance(line, BadLine):
             yield number, line
 
@@ -123,3 +173,9 @@ def check_readable(path: Path) -> None:
     """Raises InputError for a file that does not exist."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raises OutputError when both are one file, be it by way of links: writing one would destroy the other."""
+    if target.exists() and target.samefile(source):
+        raise OutputError(f"{target}: is the file {source}, which would be lost; choose another output")
