@@ -98,8 +98,12 @@ def answer_all(run: Execution) -> None:
     if store.done.all():
         return
     from batchllm.executor.budget import too_long
+    from batchllm.executor.native import missing_kernels_note
 
     run.model = run.model or load_checked_model(job, run.watch, run.placement)
+    note = missing_kernels_note(run.model.model)
+    if note:
+        run.progress.note(note)
     _open_chunks(run)
     max_length = run.model.model.max_length
     hopeless, reason = too_long(prompts, requests, candidates.pending(store.done), run.model.kv_tokens)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,12 +91,28 @@ def test_too_many_that_could_be_largest_are_left_undecided(kernels: ctypes.CDLL)
     assert (found(kernels, states, weight) == -1).all()
 
 
+@pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e30, 1e-30])
-def test_states_out_of_range_are_left_undecided(kernels: ctypes.CDLL, value: float) -> None:
+def test_states_out_of_range_are_left_undecided(kernels: ctypes.CDLL, value: float, row: int) -> None:
     states, weight = normal(3, 64), normal(200, 64, seed=1)
-    states[1] = 0
-    states[1, 5] = value
-    assert ((found(kernels, states, weight) == -1) == torch.tensor([False, True, False])).all()
+    states[row] = 0
+    states[row, 5] = value
+    assert ((found(kernels, states, weight) == -1) == (torch.arange(3) == row)).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc")
+def test_states_out_of_range_whatever_memory_held_before() -> None:
+    """Numbers of 3e38, for instance."""
+    tunables = "glibc.malloc.perturb=128:glibc.malloc.tcache_count=0"
+    chosen = ["-p", "no:cacheprovider", "-k", "out_of_range_are_left_undecided"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, *chosen],
+        env={**os.environ, "GLIBC_TUNABLES": tunables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

@@ -67,8 +67,9 @@ static void quantise(const bf16 *input, int64_t count, uint8_t *numbers, Row *ro
     for (int64_t at = 0; at < count; at += LANES)
         largest = _mm512_max_ps(largest, _mm512_abs_ps(load_bf16(input + at, count - at)));
     float most = _mm512_reduce_max_ps(largest);
-    row->scale = most > SMALLEST && most < LARGEST ? most / 127 : 0;
-    if (row->scale == 0) return;
+    *row = (Row){0, 0, 0};
+    if (!(most > SMALLEST && most < LARGEST)) return;
+    row->scale = most / 127;
     __m512 scale = _mm512_set1_ps(row->scale), inverse = _mm512_set1_ps(127 / most);
     __m512 norm = _mm512_setzero_ps(), error = norm;
     for (int64_t at = 0; at < count; at += LANES) {
@@ -125,6 +126,7 @@ static __attribute__((noinline)) void take_in(const __m512 *guess, const __m512 
 /* Looks at the sums of a row with a panel. */
 static void look_at(const Work *w, int64_t row, int64_t panel, const int32_t *sums, Candidate *candidates, Found *found)
 {
+    if (found->count < 0) return;
     const float *about = w->screen->about + panel * ABOUT * PANEL;
     __m512 scale = _mm512_set1_ps(w->rows[row].scale), norm = _mm512_set1_ps(w->rows[row].norm);
     __m512 error = _mm512_set1_ps(w->rows[row].error), from = _mm512_set1_ps(found->from), guess[WIDE], slack[WIDE];
