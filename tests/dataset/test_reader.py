@@ -6,6 +6,7 @@ import io
 import json
 import random
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,8 @@ def test_files_with_different_columns(tmp_path: Path) -> None:
         {"x": 1.0, "text": "a", "extra": None},
         {"x": 2.5, "text": "b", "extra": True},
     ]
-    write_parquet(tmp_path / "c.parquet", x=["text"])
+    path = write_parquet(tmp_path / "c.parquet", x=["text"])
+    assert f"`{path}`: " in error_of(tmp_path)
     assert "Field x has incompatible types" in error_of(tmp_path)
 
 
@@ -266,6 +268,57 @@ def test_dictionary_columns_are_decoded(tmp_path: Path) -> None:
     assert data.schema.field("x").type == pa.string()
     assert [batch.data.schema.field("x").type for batch in data.batches()] == [pa.string()]
     assert [row["x"] for row in rows_of(data)] == ["a", "b", "a", None]
+
+
+TEXT = pa.array(["a", "b", None, "a"])
+OTHER_TEXT = pa.array(["z", "a", None, "y"])
+
+
+def in_lists(values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays([0, 2, 4], values)
+
+
+def in_structs(values: pa.Array) -> pa.Array:
+    return pa.StructArray.from_arrays([values, pa.array([1, 2, 3, 4])], names=["text", "n"])
+
+
+def in_maps(values: pa.Array) -> pa.Array:
+    return pa.MapArray.from_arrays([0, 2, 4], pa.array(["k", "l", "m", "n"]), values)
+
+
+@pytest.mark.parametrize("around", [lambda values: values, in_lists, in_structs, in_maps])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (TEXT.dictionary_encode(), OTHER_TEXT),
+        (TEXT, OTHER_TEXT.dictionary_encode()),
+        (TEXT.dictionary_encode(), OTHER_TEXT.dictionary_encode()),
+        (TEXT.cast(pa.dictionary(pa.int8(), pa.string(), True)), OTHER_TEXT.dictionary_encode()),
+        (TEXT.cast(pa.string_view()), OTHER_TEXT),
+        (TEXT.cast(pa.string_view()), OTHER_TEXT.cast(pa.string_view())),
+    ],
+)
+def test_dictionaries_and_views_are_plain_values(
+    tmp_path: Path, around: Any, first: pa.Array, second: pa.Array
+) -> None:
+    """What writes results can neither take rows of views nor keep dictionaries that change from batch to batch."""
+    write_parquet(tmp_path / "a.parquet", x=around(first))
+    write_parquet(tmp_path / "b.parquet", x=around(second))
+    data = opened(tmp_path)
+    expected = [around(values.cast(pa.string())) for values in (first, second)]
+    assert (
+        data.schema.field("x").type
+        == pq.read_schema(write_parquet(tmp_path / "_c", x=expected[0])).field("x").type
+    )
+    assert [row["x"] for row in rows_of(data)] == [value for part in expected for value in part.to_pylist()]
+
+
+def test_whole_numbers_among_decimals(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", x=pa.array([Decimal("1.50")]))
+    write_parquet(tmp_path / "b.parquet", x=[2, 2**63 - 1])
+    data = opened(tmp_path)
+    assert [row["x"] for row in rows_of(data)] == [Decimal("1.50"), Decimal("2.00"), None]
+    assert list(faults_of(data)) == [2]
 
 
 def test_odd_column_names(tmp_path: Path) -> None:
