@@ -425,6 +425,8 @@ def test_columns_of_json_lines_come_from_all_lines(tmp_path: Path) -> None:
         (b'\n[\n  {"q": 1}\n]\n', "is JSON over several lines; write every row as an object on one line"),
         (b'[{"q": 1},\n{"q": 2}]', "is JSON over several lines"),
         (b'{\r\n  "q": 1\r\n}\r\n', "is JSON over several lines"),
+        (gzip.compress(b'{"q": 1}', mtime=0), "is compressed with gzip; let its name end in .gz"),
+        (b"PAR1" + bytes(100), "is Parquet; set input.format to parquet"),
     ],
 )
 def test_files_that_are_no_json_lines_at_all(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -491,9 +493,12 @@ def test_compressed_lines_and_lines_of_several_files(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write('{"x": 1}\n')
     (tmp_path / "b.jsonl").write_text('{"y": 2}\n{')
+    with pa.CompressedOutputStream(tmp_path / "c.JSONL.BR", "brotli") as stream:
+        stream.write(b'{"x": 3}\n')
     data = opened(tmp_path)
     assert rows_of(data)[:2] == [{"x": 1, "y": None}, {"x": None, "y": 2}]
     assert faults_of(data)[2].startswith("b.jsonl, line 2 is not valid JSON")
+    assert rows_of(data)[3] == {"x": 3, "y": None}
 
 
 def test_empty_files_have_no_rows_and_no_columns(tmp_path: Path) -> None:
@@ -588,6 +593,14 @@ def test_csv_text_that_is_not_utf8_is_found_later(tmp_path: Path) -> None:
     ]
     path.write_bytes("q,n\n".encode("utf-16"))
     assert "the header is not UTF-8 text" in error_of(path)
+
+
+def test_csv_with_the_line_ends_of_old_macs_is_refused(tmp_path: Path) -> None:
+    """All of it would be the header, and the job would have no rows."""
+    (tmp_path / "a.csv").write_bytes(b"q,n\rx,1\ry,2\r")
+    assert "its lines end in CR; convert them to end in LF" in error_of(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_bytes(b'"q\r\nr",n\r\nx,1\r\n')
+    assert rows_of(opened(tmp_path / "b.csv")) == [{"q\r\nr": "x", "n": 1}]
 
 
 def test_csv_files_with_different_columns(tmp_path: Path) -> None:
