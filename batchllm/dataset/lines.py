@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import posixpath
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -11,13 +12,15 @@ from batchllm.dataset.files import InputFiles, first_line
 from batchllm.errors import InputError
 
 _BUFFER_BYTES = 1 << 20
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_lines(files: InputFiles, path: str) -> Iterator[bytes]:
     """Every line with its ending, decompressed by the ending of the file name. Raises InputError."""
+    compression = _COMPRESSIONS.get(posixpath.splitext(path)[1].lower())
     try:
-        with files.filesystem.open_input_stream(path) as stream:
+        with files.filesystem.open_input_stream(path, compression=compression) as stream:
             lines = io.BufferedReader(stream, _BUFFER_BYTES)
             yield lines.readline().removeprefix(_BYTE_ORDER_MARK)
             yield from lines

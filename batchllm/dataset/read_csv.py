@@ -67,6 +67,8 @@ class CsvReader:
             raise InputError(
                 f"input.path: `{path}`: the header is not UTF-8 text; is it a CSV file?"
             ) from None
+        if any("\r" in name.replace("\r\n", "") for name in header):
+            raise InputError(f"input.path: `{path}`: its lines end in CR; convert them to end in LF")
         twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
         if twice is not None:
             raise InputError(f"input.path: `{path}` has two columns named `{twice}`; rename one of them")

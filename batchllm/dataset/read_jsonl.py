@@ -19,7 +19,13 @@ Record = Mapping[str, object]
 
 _SCAN_ROWS = 1024
 _MOST_LEVELS = 32  # of lists and objects in a column's type; Arrow files can hold 64
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_OTHER_FILES = {
+    b"\xff\xfe": "is UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "is UTF-16; convert it to UTF-8",
+    b"\x1f\x8b": "is compressed with gzip; let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; let its name end in .zst",
+    b"PAR1": "is Parquet; set input.format to parquet",
+}  # by their first bytes
 _OPENS_ONLY = re.compile(rb"[\[{]|\[.*,")  # the first line of an array or object over several lines
 _UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError)
 
@@ -66,12 +72,11 @@ class JsonLinesReader:
 
 def _refuse_other_files(first_line: bytes, path: str) -> None:
     """Raises InputError where it would be the same complaint about every line."""
-    if first_line.startswith(_UTF_16):
-        raise InputError(f"input.path: `{path}` is UTF-16; convert it to UTF-8")
-    if _OPENS_ONLY.fullmatch(first_line):
-        raise InputError(
-            f"input.path: `{path}` is JSON over several lines; write every row as an object on one line"
-        )
+    what = next((what for start, what in _OTHER_FILES.items() if first_line.startswith(start)), None)
+    if what is None and _OPENS_ONLY.fullmatch(first_line):
+        what = "is JSON over several lines; write every row as an object on one line"
+    if what is not None:
+        raise InputError(f"input.path: `{path}` {what}")
 
 
 def _parse(line: bytes, where: str) -> Record | RowFault:

@@ -27,15 +27,12 @@ class ParquetReader:
             factory = ds.FileSystemDatasetFactory(
                 files.filesystem, list(files.paths), ds.ParquetFileFormat(), options
             )
-            schema = factory.inspect(promote_options="permissive", fragments=None).remove_metadata()
-            self._dataset = factory.finish(schema)
+            partitions = factory.inspect(fragments=0)
+            self._dataset = factory.finish(partitions)
+            self.schema = _common_schema(self._dataset, partitions)
             self.num_rows: int | None = self._dataset.count_rows()
         except (OSError, pa.ArrowException) as error:
-            if "duplicate field names" in str(error):
-                message = f"`{files.paths[0]}` has two columns of the same name; rename one of them"
-                raise InputError(f"input.path: {message}") from None
             raise InputError(f"input.path: cannot be read as Parquet: {first_line(error)}") from None
-        self.schema = pa.schema([field.with_type(_plain(field.type)) for field in schema])
 
     def batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[RowBatch]:
         fields = [self.schema.field(name) for name in columns]
@@ -61,8 +58,51 @@ class ParquetReader:
                 yield no_columns(min(batch_rows, file.metadata.num_rows - start))
 
 
+def _common_schema(dataset: ds.Dataset, partitions: pa.Schema) -> pa.Schema:
+    """The columns of all files and folders. Raises InputError for the first file that does not go with those before."""
+    common = pa.schema([])
+    for fragment in dataset.get_fragments():
+        names = fragment.physical_schema.names
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise InputError(
+                f"input.path: `{fragment.path}` has two columns named `{twice}`; rename one of them"
+            )
+        try:
+            common = _merged(common, fragment.physical_schema)
+        except pa.ArrowException as error:
+            raise InputError(f"input.path: `{fragment.path}`: {first_line(error)}") from None
+    return _merged(common, partitions).remove_metadata()
+
+
+def _merged(common: pa.Schema, other: pa.Schema) -> pa.Schema:
+    plain = pa.schema([_plain_field(field) for field in other])
+    return pa.unify_schemas([common, plain], promote_options="permissive")
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_plain(field.type))
+
+
 def _plain(type_: pa.DataType) -> pa.DataType:
-    return type_.value_type if pa.types.is_dictionary(type_) else type_
+    """The same values without dictionaries and views: files that differ in those could not be read or kept together."""
+    if pa.types.is_dictionary(type_):
+        return _plain(type_.value_type)
+    if pa.types.is_string_view(type_):
+        return pa.string()
+    if pa.types.is_binary_view(type_):
+        return pa.binary()
+    if pa.types.is_struct(type_):
+        return pa.struct([_plain_field(field) for field in type_])
+    if pa.types.is_map(type_):
+        return pa.map_(_plain_field(type_.key_field), _plain_field(type_.item_field), type_.keys_sorted)
+    if pa.types.is_list(type_):
+        return pa.list_(_plain_field(type_.value_field))
+    if pa.types.is_large_list(type_):
+        return pa.large_list(_plain_field(type_.value_field))
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(_plain_field(type_.value_field), type_.list_size)
+    return type_
 
 
 def _conform(batch: pa.RecordBatch, fields: Sequence[pa.Field], constants: Mapping[str, object]) -> RowBatch:
@@ -89,6 +129,9 @@ def _cast(column: pa.Array, field: pa.Field, faults: dict[int, RowFault]) -> pa.
     if column.type == field.type:
         return column
     try:
+        if pa.types.is_integer(column.type) and pa.types.is_decimal(field.type):
+            # In one step Arrow wants digits for the largest integer there is.
+            column = column.cast(pa.decimal256(76, field.type.scale))
         return column.cast(field.type)
     except pa.ArrowInvalid:
         pass

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,8 @@ def test_files_with_different_columns(tmp_path: Path) -> None:
         {"x": 1.0, "text": "a", "extra": None},
         {"x": 2.5, "text": "b", "extra": True},
     ]
-    write_parquet(tmp_path / "c.parquet", x=["text"])
+    path = write_parquet(tmp_path / "c.parquet", x=["text"])
+    assert f"`{path}`: " in error_of(tmp_path)
     assert "Field x has incompatible types" in error_of(tmp_path)
 
 
@@ -285,6 +287,57 @@ def test_dictionary_columns_are_decoded(tmp_path: Path) -> None:
     assert data.schema.field("x").type == pa.string()
     assert [batch.data.schema.field("x").type for batch in data.batches()] == [pa.string()]
     assert [row["x"] for row in rows_of(data)] == ["a", "b", "a", None]
+
+
+TEXT = pa.array(["a", "b", None, "a"])
+OTHER_TEXT = pa.array(["z", "a", None, "y"])
+
+
+def in_lists(values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays([0, 2, 4], values)
+
+
+def in_structs(values: pa.Array) -> pa.Array:
+    return pa.StructArray.from_arrays([values, pa.array([1, 2, 3, 4])], names=["text", "n"])
+
+
+def in_maps(values: pa.Array) -> pa.Array:
+    return pa.MapArray.from_arrays([0, 2, 4], pa.array(["k", "l", "m", "n"]), values)
+
+
+@pytest.mark.parametrize("around", [lambda values: values, in_lists, in_structs, in_maps])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (TEXT.dictionary_encode(), OTHER_TEXT),
+        (TEXT, OTHER_TEXT.dictionary_encode()),
+        (TEXT.dictionary_encode(), OTHER_TEXT.dictionary_encode()),
+        (TEXT.cast(pa.dictionary(pa.int8(), pa.string(), True)), OTHER_TEXT.dictionary_encode()),
+        (TEXT.cast(pa.string_view()), OTHER_TEXT),
+        (TEXT.cast(pa.string_view()), OTHER_TEXT.cast(pa.string_view())),
+    ],
+)
+def test_dictionaries_and_views_are_plain_values(
+    tmp_path: Path, around: Any, first: pa.Array, second: pa.Array
+) -> None:
+    """What writes results can neither take rows of views nor keep dictionaries that change from batch to batch."""
+    write_parquet(tmp_path / "a.parquet", x=around(first))
+    write_parquet(tmp_path / "b.parquet", x=around(second))
+    data = opened(tmp_path)
+    expected = [around(values.cast(pa.string())) for values in (first, second)]
+    assert (
+        data.schema.field("x").type
+        == pq.read_schema(write_parquet(tmp_path / "_c", x=expected[0])).field("x").type
+    )
+    assert [row["x"] for row in rows_of(data)] == [value for part in expected for value in part.to_pylist()]
+
+
+def test_whole_numbers_among_decimals(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", x=pa.array([Decimal("1.50")]))
+    write_parquet(tmp_path / "b.parquet", x=[2, 2**63 - 1])
+    data = opened(tmp_path)
+    assert [row["x"] for row in rows_of(data)] == [Decimal("1.50"), Decimal("2.00"), None]
+    assert list(faults_of(data)) == [2]
 
 
 def test_odd_column_names(tmp_path: Path) -> None:
@@ -391,6 +444,8 @@ def test_columns_of_json_lines_come_from_all_lines(tmp_path: Path) -> None:
         (b'\n[\n  {"q": 1}\n]\n', "is JSON over several lines; write every row as an object on one line"),
         (b'[{"q": 1},\n{"q": 2}]', "is JSON over several lines"),
         (b'{\r\n  "q": 1\r\n}\r\n', "is JSON over several lines"),
+        (gzip.compress(b'{"q": 1}', mtime=0), "is compressed with gzip; let its name end in .gz"),
+        (b"PAR1" + bytes(100), "is Parquet; set input.format to parquet"),
     ],
 )
 def test_files_that_are_no_json_lines_at_all(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -457,9 +512,12 @@ def test_compressed_lines_and_lines_of_several_files(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write('{"x": 1}\n')
     (tmp_path / "b.jsonl").write_text('{"y": 2}\n{')
+    with pa.CompressedOutputStream(tmp_path / "c.JSONL.BR", "brotli") as stream:
+        stream.write(b'{"x": 3}\n')
     data = opened(tmp_path)
     assert rows_of(data)[:2] == [{"x": 1, "y": None}, {"x": None, "y": 2}]
     assert faults_of(data)[2].startswith("b.jsonl, line 2 is not valid JSON")
+    assert rows_of(data)[3] == {"x": 3, "y": None}
 
 
 def test_empty_files_have_no_rows_and_no_columns(tmp_path: Path) -> None:
@@ -554,6 +612,14 @@ def test_csv_text_that_is_not_utf8_is_found_later(tmp_path: Path) -> None:
     ]
     path.write_bytes("q,n\n".encode("utf-16"))
     assert "the header is not UTF-8 text" in error_of(path)
+
+
+def test_csv_with_the_line_ends_of_old_macs_is_refused(tmp_path: Path) -> None:
+    """All of it would be the header, and the job would have no rows."""
+    (tmp_path / "a.csv").write_bytes(b"q,n\rx,1\ry,2\r")
+    assert "its lines end in CR; convert them to end in LF" in error_of(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_bytes(b'"q\r\nr",n\r\nx,1\r\n')
+    assert rows_of(opened(tmp_path / "b.csv")) == [{"q\r\nr": "x", "n": 1}]
 
 
 def test_csv_files_with_different_columns(tmp_path: Path) -> None:
