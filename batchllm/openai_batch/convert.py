@@ -91,9 +91,7 @@ def _write_answers(source: Path, target: Path) -> None:
             if raw.strip():
                 try:
                     found = _answer_rows(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
-                    pa.RecordBatch.from_pylist(
-                        found, schema=_ANSWERS
-                    )  # whether their values are of these types
+                    pa.RecordBatch.from_pylist(found, schema=_ANSWERS)  # are its values of these types?
                 except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     raise InputError(f"{source}: line {number} is no line of a batch output file") from None
                 rows += found
