@@ -189,10 +189,21 @@ def _distinct(
     node: IntArray, position: IntArray, target: IntArray
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
     """For each triple the number of its equals, and the distinct triples in the order of those numbers."""
-    order = np.lexsort((target, position, node))
+    order = _sorted_by(node, position, target)
     node, position, target = node[order], position[order], target[order]
     opens = np.ones(len(order), dtype=bool)
     opens[1:] = (np.diff(node) != 0) | (np.diff(position) != 0) | (np.diff(target) != 0)
     number = np.empty(len(order), dtype=np.int64)
     number[order] = np.cumsum(opens) - 1
     return number, node[opens], position[opens], target[opens]
+
+
+def _sorted_by(node: IntArray, position: IntArray, target: IntArray) -> IntArray:
+    """By node, then position, then target; as one number, if that has room for them: it is sorted several times as fast."""
+    most = [int(values.max(initial=0)) + 1 for values in (node, position, target)]
+    order: IntArray
+    if most[0] * most[1] * most[2] < 2**63:
+        order = np.argsort((node * most[1] + position) * most[2] + target, kind="stable")
+    else:
+        order = np.lexsort((target, position, node))
+    return order

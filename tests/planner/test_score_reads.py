@@ -7,7 +7,7 @@ import numpy as np
 from batchllm.core import SamplingParams
 from batchllm.dataset.keys import make_requests
 from batchllm.planner.plan import PlanOptions, build_plan
-from batchllm.planner.score_reads import plan_score_reads
+from batchllm.planner.score_reads import _sorted_by, plan_score_reads
 from batchllm.scoring import TokenSpan, mixed_table
 
 VOCABULARY = 1000
@@ -73,3 +73,11 @@ def check_row(plan, reads, row, span, leaf):
             origin = int(plan.node_donor[origin])
         assert read_at(reads, home)[position, target] == score
         assert read_at(reads, origin)[position, target] == score
+
+
+def test_reads_are_sorted_the_same_whether_or_not_they_fit_in_one_number():
+    random = np.random.default_rng(2)
+    node, position, target = random.integers(0, 4, (3, 200))
+    expected = np.lexsort((target, position, node))
+    assert _sorted_by(node, position, target).tolist() == expected.tolist()
+    assert _sorted_by(node << 40, position, target << 30).tolist() == expected.tolist()
