@@ -54,11 +54,14 @@ def refuse_unknown_params(prompts: PromptTable, vocabulary: int | None) -> Promp
     return replace(prompts, faults={**faults, **prompts.faults}) if faults else prompts
 
 
-def longest_sequence(prompts: PromptTable) -> int:
-    """Most tokens (prompt and max_tokens) that any row without a fault can come to; 0 when there is none."""
+def longest_sequence(prompts: PromptTable, max_length: int | None) -> int:
+    """Most tokens (prompt and max_tokens, together at most `max_length`) that any row without a fault can come to;
+    0 when there is none."""
     if not prompts.num_rows:
         return 0
     outputs = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[prompts.params_of]
     totals = np.diff(prompts.offsets) + outputs
+    if max_length:
+        totals = np.minimum(totals, max_length)
     totals[list(prompts.faults)] = 0
     return int(totals.max())

@@ -37,6 +37,7 @@ class PlanOptions:
     order: OrderName = "auto"
     decode_estimate: NDArray[np.generic] | DecodeEstimate | None = None
     row_group: NDArray[np.int32] | None = None
+    max_length: int | None = None  # most tokens of a sequence, prompt and output together
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PlanDraft:
     below: IntArray  # [trie nodes] sequences at or below
     group: NDArray[np.int32]  # [sequences] see planner.length_groups
     decode: IntArray  # [sequences] tokens each is expected to decode
+    most: IntArray  # [sequences] tokens each may decode
 
     @property
     def row_group(self) -> NDArray[np.int32]:
@@ -63,7 +65,7 @@ class PlanDraft:
 
     def expecting(self, estimate: DecodeEstimate) -> PlanDraft:
         """The same with other expectations of what is decoded."""
-        return replace(self, decode=_estimated(estimate, self.prompts, self.sequences, self.group))
+        return replace(self, decode=_estimated(estimate, self.most, self.sequences, self.group))
 
     def expected_decode(self, plan: Plan) -> IntArray:
         """`decode` of the sequences of a plan made from this draft."""
@@ -131,8 +133,9 @@ def draft_plan(
         group = length_groups(tree, kept, below, terminal)
     else:
         group = options.row_group[requests.row[sequences.first_request]]
-    decode = _expected_decode(prompts, sequences, group, options)
-    return PlanDraft(prompts, requests, tree, kept, sequences, terminal, below, group, decode)
+    most = _most_tokens(prompts, tree.end[terminal], sequences, options.max_length)
+    decode = _expected_decode(most, sequences, group, options)
+    return PlanDraft(prompts, requests, tree, kept, sequences, terminal, below, group, decode, most)
 
 
 def arrange(draft: PlanDraft, order: OrderName) -> Plan:
@@ -145,24 +148,28 @@ def arrange(draft: PlanDraft, order: OrderName) -> Plan:
 
 
 def _expected_decode(
-    prompts: PromptTable, sequences: Sequences, group: NDArray[np.int32], options: PlanOptions
+    most: IntArray, sequences: Sequences, group: NDArray[np.int32], options: PlanOptions
 ) -> IntArray:
     estimate = options.decode_estimate
     if estimate is None:
-        return _max_tokens(prompts, sequences)
+        return most
     if callable(estimate):
-        return _estimated(estimate, prompts, sequences, group)
+        return _estimated(estimate, most, sequences, group)
     return np.asarray(estimate)[sequences.first_request].astype(np.int64)
 
 
 def _estimated(
-    estimate: DecodeEstimate, prompts: PromptTable, sequences: Sequences, group: NDArray[np.int32]
+    estimate: DecodeEstimate, most: IntArray, sequences: Sequences, group: NDArray[np.int32]
 ) -> IntArray:
-    return np.asarray(estimate(sequences.params, _max_tokens(prompts, sequences), group)).astype(np.int64)
+    return np.asarray(estimate(sequences.params, most, group)).astype(np.int64)
 
 
-def _max_tokens(prompts: PromptTable, sequences: Sequences) -> IntArray:
-    return np.array([p.max_tokens for p in prompts.params], dtype=np.int64)[sequences.params]
+def _most_tokens(
+    prompts: PromptTable, prompt_length: IntArray, sequences: Sequences, max_length: int | None
+) -> IntArray:
+    """max_tokens of each sequence, or what its prompt leaves of `max_length`."""
+    most = np.array([p.max_tokens for p in prompts.params], dtype=np.int64)[sequences.params]
+    return most if max_length is None else np.clip(max_length - prompt_length, 1, most)
 
 
 def _list_nodes(
