@@ -241,12 +241,13 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
         unknown = sorted(name for name, value in normal.items() if value is not None)
         if unknown:
             return f"generation_kwargs.{unknown[0]} is not known to BatchLLM; remove it"
-        return SamplingParams(
+        chosen = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature if do_sample else 0.0,
             stop=[stop for stop in until if stop],
             **sampling,
         )
+        return chosen.resolved(seed=0, max_tokens=max_tokens)  # the same samples every night
 
     def _text(self, request: Instance, output: CompletionOutput) -> str:
         if output.error is not None:
