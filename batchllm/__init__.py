@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchllm.api import run
     from batchllm.llm import LLM
+    from batchllm.llm_arguments import TextPrompt, TokensPrompt
     from batchllm.llm_outputs import CompletionOutput, RequestOutput
     from batchllm.llm_params import SamplingParams, StructuredOutputsParams
     from batchllm.pipeline import RunSummary
@@ -25,6 +26,8 @@ __all__ = [
     "RunSummary",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "run",
 ]
 
@@ -34,6 +37,8 @@ _HOMES = {
     "RequestOutput": "batchllm.llm_outputs",
     "SamplingParams": "batchllm.llm_params",
     "StructuredOutputsParams": "batchllm.llm_params",
+    "TextPrompt": "batchllm.llm_arguments",
+    "TokensPrompt": "batchllm.llm_arguments",
     "RunSummary": "batchllm.pipeline",
     "run": "batchllm.api",
 }

@@ -80,7 +80,7 @@ def explain_job(
             rows = load_rows(job, data, tokenizer, Path(work_dir), stage)
         prompts = refuse_long_prompts(rows.prompts, shape.max_length)
         prompts = refuse_unknown_tokens(prompts, shape.vocabulary)
-        check_lengths(limit, longest_sequence(prompts, shape.max_length), config.model_type)
+        check_lengths(limit, longest_sequence(prompts), config.model_type)
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         lengths = LengthEstimator()
         with watch.time("plan"):

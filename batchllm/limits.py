@@ -54,7 +54,7 @@ def refuse_unknown_params(prompts: PromptTable, vocabulary: int | None) -> Promp
     return replace(prompts, faults={**faults, **prompts.faults}) if faults else prompts
 
 
-def longest_sequence(prompts: PromptTable, max_length: int | None) -> int:
+def longest_sequence(prompts: PromptTable, max_length: int | None = None) -> int:
     """Most tokens (prompt and max_tokens, together at most `max_length`) that any row without a fault can come to;
     0 when there is none."""
     if not prompts.num_rows:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import Any, Required, TypedDict, TypeVar
 
 from pydantic import ValidationError
 
@@ -86,6 +86,19 @@ _ABSENT_IN_CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 AnySection = TypeVar("AnySection", bound=Section)
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict, total=False):
+    """A prompt as token ids."""
+
+    prompt_token_ids: Required[Sequence[int]]
+    prompt: str  # shown in the output
 
 
 def our_arguments(ours: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,12 +89,11 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     with claim_output(job.output.path, identity, overwrite) as claim:
         with watch.time("tokenize"), progress.stage("tokenizing", data.num_rows) as stage:
             rows = load_rows(job, data, tokenizer, claim.work_dir, stage)
-        max_length = _text_size(config, "max_position_embeddings")
-        prompts = refuse_long_prompts(rows.prompts, max_length)
+        prompts = refuse_long_prompts(rows.prompts, _text_size(config, "max_position_embeddings"))
         prompts = refuse_unknown_tokens(prompts, _text_size(config, "vocab_size"))
         prompts = refuse_unknown_params(prompts, _text_size(config, "vocab_size"))
         prompts = refuse_impossible_structures(prompts, tokenizer, _text_size(config, "vocab_size") or 0)
-        check_lengths(limit, longest_sequence(prompts, max_length), config.model_type)
+        check_lengths(limit, longest_sequence(prompts), config.model_type)
         past = past_lengths(job.plan.history, job.source, job.input.id, rows.ids)
         configuration = _configuration(job)
         requests = make_requests(prompts, rows.ids, configuration)

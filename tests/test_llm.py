@@ -58,7 +58,12 @@ def test_one_prompt_alone(llm: LLM) -> None:
 
 def test_every_way_to_give_a_prompt_is_the_same(llm: LLM) -> None:
     ids = byte_tokenizer()(PROMPTS[0])["input_ids"]
-    ways = [PROMPTS[0], ids, {"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}]
+    ways = [
+        PROMPTS[0],
+        ids,
+        batchllm.TextPrompt(prompt=PROMPTS[0]),
+        batchllm.TokensPrompt(prompt_token_ids=ids),
+    ]
     outputs = llm.generate(ways, GREEDY, use_tqdm=False)
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
     assert [output.prompt for output in outputs] == [PROMPTS[0], None, PROMPTS[0], None]

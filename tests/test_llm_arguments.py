@@ -73,6 +73,9 @@ def test_the_harness_class_checks_them_too(model_folder: Path) -> None:
     pytest.importorskip("lm_eval")
     from batchllm.evals.harness_model import BatchLM
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert BatchLM(str(model_folder), device="cpu").llm.device_note is None
     with pytest.raises(ValueError, match="LLM: dtype must be"):
         BatchLM(str(model_folder), dtype="bf16")
     with pytest.raises(ValueError, match="LLM: max_step_tokens must be"):

@@ -16,9 +16,11 @@ import torch
 
 from batchllm import LLM, SamplingParams, StructuredOutputsParams
 from batchllm.errors import ModelError
+from batchllm.executor.trace import StepTrace
 from batchllm.report.progress import Stage
-from tests.executor.test_gate import longrope
+from tests.executor.test_gate import dynamic_rope, longrope
 from tests.executor.tiny_models import make_model
+from tests.jobs import KV_TOKEN_BYTES
 from tests.tiny_tokenizer import EOS, byte_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
@@ -83,6 +85,22 @@ def test_no_max_tokens_where_the_model_is_exact_up_to_some_length(tmp_path: Path
         LLM(str(tmp_path), **options).generate([[5] * 30], params, use_tqdm=False)
     (output,) = LLM(str(tmp_path), max_model_len=48, **options).generate([[5] * 30], params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 18
+    make_model(dynamic_rope()).save_pretrained(tmp_path / "dynamic")  # exact up to all that it reads
+    (output,) = LLM(str(tmp_path / "dynamic"), **options).generate([[5] * 30], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 18
+
+
+def test_outputs_without_a_limit_run_side_by_side(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for one that is as long as the model reads is memory for many as they are."""
+    monkeypatch.setattr("batchllm.planner.lengths.UNLIMITED_GUESS", 20)
+    small = LLM(str(model_folder), device="cpu", kv_memory=540 * KV_TOKEN_BYTES)
+    small.trace = StepTrace()
+    params = SamplingParams(max_tokens=None, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    outputs = small.generate([f"{number}. Yes or no?" for number in range(12)], params, use_tqdm=False)
+    assert {output.outputs[0].text for output in outputs} <= {"yes", "no"}
+    assert max(record.running for record in small.trace.records) > 6
 
 
 def test_a_model_that_states_no_length_needs_max_tokens(
