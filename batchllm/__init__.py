@@ -14,17 +14,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchllm.api import run
     from batchllm.llm import LLM
+    from batchllm.llm_arguments import TextPrompt, TokensPrompt
     from batchllm.llm_outputs import CompletionOutput, RequestOutput
-    from batchllm.llm_params import SamplingParams
+    from batchllm.llm_params import SamplingParams, StructuredOutputsParams
     from batchllm.pipeline import RunSummary
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "RunSummary", "SamplingParams", "run"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "RunSummary",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "run",
+]
 
 _HOMES = {
     "LLM": "batchllm.llm",
     "CompletionOutput": "batchllm.llm_outputs",
     "RequestOutput": "batchllm.llm_outputs",
     "SamplingParams": "batchllm.llm_params",
+    "StructuredOutputsParams": "batchllm.llm_params",
+    "TextPrompt": "batchllm.llm_arguments",
+    "TokensPrompt": "batchllm.llm_arguments",
     "RunSummary": "batchllm.pipeline",
     "run": "batchllm.api",
 }

@@ -21,3 +21,7 @@ class ModelError(UserError):
 
 class OutputError(UserError):
     """The output folder holds something this job must not touch."""
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument of the Python API is wrong."""

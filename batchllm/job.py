@@ -17,13 +17,11 @@ A key whose value is null counts as not given. Relative paths start at the job f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, PrivateAttr, ValidationError
 
-from batchllm.core import SamplingParams
 from batchllm.errors import JobError
 from batchllm.job_errors import HIDDEN, complaint, describe, first_error, key_path, unknown_key
 from batchllm.job_paths import history_path, input_path, model_path, output_path
@@ -41,7 +39,6 @@ from batchllm.job_sections import (
     PromptSpec,
     ScoreSpec,
     Section,
-    valid_params,
 )
 from batchllm.job_values import parse_bytes
 from batchllm.job_yaml import Override, apply_overrides, parse_override, parse_yaml
@@ -59,7 +56,6 @@ __all__ = [
     "OutputSpec",
     "PlanSpec",
     "PromptSpec",
-    "check_params",
     "load_job",
     "make_job",
     "parse_bytes",
@@ -121,14 +117,6 @@ def make_job(
 ) -> JobSpec:
     """A job from plain values. Relative paths start at `base_dir`; errors begin with `source`."""
     return _make(mapping, Path(base_dir).absolute(), source, _parse_overrides(overrides))
-
-
-def check_params(params: SamplingParams) -> SamplingParams:
-    """The same parameters with every value in range and of its type. Raises JobError otherwise."""
-    try:
-        return SamplingParams(**valid_params(asdict(params)))
-    except InvalidParam as error:
-        raise JobError(f"SamplingParams: {error}") from None
 
 
 def _parse_overrides(overrides: Sequence[str] | Mapping[str, object]) -> list[Override]:

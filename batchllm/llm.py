@@ -1,14 +1,15 @@
 """`LLM`: prompts in memory in, answers out, in vLLM's offline calling convention.
 
 A script written for vLLM's `LLM(...).generate(prompts, SamplingParams(...))` moves by changing its import. What
-differs: a prompt that cannot be answered gives an output with `error` set instead of ending the call, and prompts
-are reordered and share prefixes over the whole list.
+differs: a prompt that cannot be answered gives an output with `error` set, and a warning, instead of ending the call,
+and prompts are reordered and share prefixes over the whole list.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,66 +19,110 @@ from batchllm.candidates import Candidates
 from batchllm.core import PromptTable, RequestResult
 from batchllm.dataset.keys import make_requests
 from batchllm.dataset.load import prompts_from_list
-from batchllm.dataset.prompts import Prompt, conversation_prompts
+from batchllm.dataset.prompts import Prompt, conversation_prompts, unused_arg
 from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.errors import ArgumentError
 from batchllm.executor.device import choose_device, this_machine
 from batchllm.executor.generation_config import generation_notes
 from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.executor.quantize import check_quantization
 from batchllm.executor.ready_model import load_ready_model
+from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 from batchllm.executor.trace import StepTrace
-from batchllm.job_values import parse_bytes
 from batchllm.limits import ModelLimits, usable
-from batchllm.llm_outputs import CompletionOutput, RequestOutput, completion_of, outputs_of, text_of
-from batchllm.llm_params import SamplingParams
+from batchllm.llm_arguments import (
+    check_call,
+    drawn_seed,
+    our_arguments,
+    readable_length,
+    sections_of,
+    seed_of,
+)
+from batchllm.llm_outputs import CompletionOutput, OutputMaker, RequestOutput, text_of
+from batchllm.llm_params import OF_MODEL, SamplingParams, params_of_model
 from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
 from batchllm.scoring import Score, TokenSpan, encode_all, mixed_table, pair_spans, windows
 from batchllm.scoring import prefix_token as first_token
 from batchllm.table_run import RunOptions, TableRun
 
-# What vLLM's LLM takes and has no meaning here. Named so that a script need not change, and said once.
-_WITHOUT_EFFECT = frozenset(
-    "enable_prefix_caching enable_chunked_prefill gpu_memory_utilization max_num_seqs max_model_len enforce_eager "
-    "swap_space disable_log_stats seed tokenizer_mode cpu_offload_gb block_size".split()
+ParamsOfCall = (
+    SamplingParams | Sequence[SamplingParams] | core.SamplingParams | Sequence[core.SamplingParams] | None
 )
 
 
 class LLM:
-    """A model in memory. Raises ModelError when it cannot be used or would not be exact."""
+    """A model in memory. Raises ArgumentError (a ValueError) for a value that cannot be, TypeError for an argument of
+    vLLM that has no counterpart, and ModelError when the model cannot be used or would not be exact.
+
+    `seed` is mixed into the samples of calls whose parameters name no seed of their own; `max_model_len` is the most
+    tokens of prompt and output together; `generation_config="vllm"` leaves out what the model says of sampling.
+    """
 
     def __init__(
         self,
         model: str,
         *,
-        dtype: str = "auto",
+        tokenizer: str | None = None,
+        dtype: Any = "auto",
         device: str = "auto",
         quantize: str | None = None,
         trust_remote_code: bool = False,
         kv_memory: int | str = "auto",
         max_step_tokens: int | str = "auto",
-        min_shared_tokens: int = 32,
+        min_shared_tokens: int | str = PlanOptions.min_shared_tokens,
         skip_tokenizer_init: bool = False,
-        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        seed: int | None = 0,
+        generation_config: str | None = "auto",
         **others: Any,
     ):
-        _check_others(others, tensor_parallel_size)
-        if quantize is not None:
-            check_quantization(quantize)
-        check_model_folder(str(model), trust_remote_code, need_tokenizer=not skip_tokenizer_init)
-        self._tokenizer = None if skip_tokenizer_init else load_tokenizer(str(model), trust_remote_code)
-        config, _ = load_config(str(model), trust_remote_code)
-        placement = choose_device(_device(device), weight_bytes(config, dtype), this_machine())
-        self._model = load_ready_model(str(model), dtype, trust_remote_code, placement, quantize)
-        generation_config = self._model.model.generation_config
-        for note in generation_notes(generation_config, section="SamplingParams"):
+        ours = {
+            "model": model,
+            "dtype": dtype,
+            "device": device,
+            "quantize": quantize,
+            "kv_memory": kv_memory,
+        }
+        ours |= {"max_step_tokens": max_step_tokens, "min_shared_tokens": min_shared_tokens}
+        chosen, engine = sections_of(our_arguments({**ours, "trust_remote_code": trust_remote_code}, others))
+        if generation_config not in (None, "auto", "vllm"):
+            raise ArgumentError(
+                "LLM: generation_config must be auto or vllm; give SamplingParams to generate()"
+            )
+        self._seed, self._calls = seed_of(seed), 0
+        if chosen.quantize is not None:
+            check_quantization(chosen.quantize)
+        own_tokenizer = tokenizer is None and not skip_tokenizer_init
+        check_model_folder(chosen.path, chosen.trust_remote_code, need_tokenizer=own_tokenizer)
+        self._tokenizer = None
+        if not skip_tokenizer_init:
+            self._tokenizer = load_tokenizer(str(tokenizer or chosen.path), chosen.trust_remote_code)
+        config, _ = load_config(chosen.path, chosen.trust_remote_code)
+        placement = choose_device(engine.device, weight_bytes(config, chosen.dtype), this_machine())
+        self.device_note = placement.note and placement.note.removeprefix(
+            "engine."
+        )  # what auto could not have
+        if self.device_note:
+            warnings.warn(self.device_note, stacklevel=2)
+        self._model = load_ready_model(
+            chosen.path, chosen.dtype, chosen.trust_remote_code, placement, chosen.quantize
+        )
+        self._length = readable_length(self._model.max_length, max_model_len)
+        self._uses_defaults_of_model = generation_config != "vllm"
+        shared = engine.min_shared_tokens
+        shared = PlanOptions.min_shared_tokens if isinstance(shared, str) else shared
+        plan = PlanOptions(shared, max_length=self._length)
+        self._run_options = RunOptions(engine.kv_memory, engine.max_step_tokens, plan)
+        said = self._model.model.generation_config
+        for note in generation_notes(said, given=OF_MODEL, section="SamplingParams"):
             warnings.warn(note, stacklevel=2)
-        limits = self._model.config, self._model.limit, generation_config
-        self._limits = ModelLimits.of(*limits, self._tokenizer)
-        memory = parse_bytes(kv_memory) if isinstance(kv_memory, str) and kv_memory != "auto" else kv_memory
-        self._run_options = RunOptions(memory, max_step_tokens, PlanOptions(min_shared_tokens))
-        self.last_run: TableRun | None = None  # of score_and_generate: what it shared
+        limits = ModelLimits.of(self._model.config, self._model.limit, said, self._tokenizer)
+        self._limits = replace(limits, max_length=self._length)
+        end_ids = end_of_sequence_ids(said, self._tokenizer)
+        self._outputs = OutputMaker(StopRules(end_ids, self._tokenizer))
+        self.last_run: TableRun | None = None  # of the last call: what it shared
         self.trace: StepTrace | None = None  # set it, and the steps of the calls that follow are recorded
 
     def get_tokenizer(self) -> Any:
@@ -88,43 +133,57 @@ class LLM:
         """transformers' configuration of the model."""
         return self._model.config
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those of a call without parameters: vLLM's defaults, but for what the model's generation_config.json says."""
+        said = self._model.model.generation_config if self._uses_defaults_of_model else None
+        return params_of_model(said)
+
     def generate(
         self,
-        prompts: str | Sequence[Any],
-        sampling_params: core.SamplingParams | Sequence[core.SamplingParams] | None = None,
+        prompts: str | Iterable[Any],
+        sampling_params: ParamsOfCall = None,
         use_tqdm: bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Answers all prompts: texts, lists of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
-        many = [prompts] if isinstance(prompts, str | Mapping) or _is_token_ids(prompts) else list(prompts)
+        check_call("generate()", others)
+        many = _prompt_list(prompts)
         if self._tokenizer is None and any(text_of(prompt) is not None for prompt in many):
-            raise ValueError("give token ids: the LLM was made with skip_tokenizer_init=True")
-        params = SamplingParams() if sampling_params is None else sampling_params
-        table = prompts_from_list(many, params, self._tokenizer)
-        return self._answer(many, table, use_tqdm)
+            raise ArgumentError("give token ids: the LLM was made with skip_tokenizer_init=True")
+        table = prompts_from_list(many, self._params(sampling_params), self._tokenizer)
+        outputs = self._answer(many, table, use_tqdm)
+        _warn_of_errors(outputs)
+        return outputs
 
     def chat(
         self,
-        messages: Sequence[Any],
-        sampling_params: core.SamplingParams | Sequence[core.SamplingParams] | None = None,
+        messages: Iterable[Any],
+        sampling_params: ParamsOfCall = None,
         use_tqdm: bool = True,
+        *,
         add_generation_prompt: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        *,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them, through the model's chat template.
 
         The model answers, or with `continue_final_message` goes on with the last message; `chat_template_kwargs` are
-        what else the template takes, such as `enable_thinking`. Raises ValueError for arguments that it cannot take.
-        A conversation that is wrong gives an output with `error` set, and the others are answered.
+        what else the template takes, such as `enable_thinking`. Raises ArgumentError for arguments that no template
+        can take; those that this one does not use are ignored, with a warning. A conversation that is wrong gives an
+        output with `error` set, and the others are answered.
         """
+        check_call("chat()", others)
         if self._tokenizer is None:
-            raise ValueError("chat needs a tokenizer, and the LLM was made with skip_tokenizer_init=True")
-        if isinstance(messages, str):
-            raise ValueError("chat takes a list of messages, or a list of such lists; found text")
-        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+            raise ArgumentError("chat needs a tokenizer, and the LLM was made with skip_tokenizer_init=True")
+        if isinstance(messages, str | Mapping):
+            raise ArgumentError(
+                "chat takes a list of messages, or a list of such lists; found text or a message"
+            )
+        many = list(messages)
+        many = [many] if many and isinstance(many[0], Mapping) else many
         given = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message or None,
@@ -133,9 +192,14 @@ class LLM:
         }
         args = dict(chat_template_kwargs or {}) | {k: v for k, v in given.items() if v is not None}
         texts = conversation_prompts(self._tokenizer, many, args)
-        params = SamplingParams() if sampling_params is None else sampling_params
+        unused = unused_arg(self._tokenizer, args)
+        if unused is not None:
+            warnings.warn(f"ignored: {unused}", stacklevel=2)
         shown = [text.text if isinstance(text, Prompt) else "" for text in texts]
-        return self._answer(shown, prompts_from_list(texts, params, self._tokenizer), use_tqdm)
+        table = prompts_from_list(texts, self._params(sampling_params), self._tokenizer)
+        outputs = self._answer(shown, table, use_tqdm)
+        _warn_of_errors(outputs)
+        return outputs
 
     def score(
         self, contexts: Sequence[Any], continuations: Sequence[Any], use_tqdm: bool = True
@@ -169,12 +233,12 @@ class LLM:
 
     def score_and_generate(
         self,
-        items: Sequence[TokenSpan | tuple[Sequence[int], core.SamplingParams] | str],
+        items: Sequence[TokenSpan | tuple[Sequence[int], core.SamplingParams | SamplingParams] | str],
         use_tqdm: bool = True,
     ) -> tuple[list[Score], list[CompletionOutput]]:
         """Texts to score and prompts to continue, planned together and run once; an item that is text is the reason
         why there is none. Scores of the spans (and reasons) in order, first answers of the prompts in order."""
-        table, scored = mixed_table(items, self._model.exact_length, self._model.vocab_size)
+        table, scored = mixed_table(self._with_params(items), self._exact_length, self._model.vocab_size)
         self._check_needs_no_tokenizer(table)
         prompts = usable(table, self._limits, self._tokenizer, scored.first >= 0)
         requests = make_requests(prompts, None, b"")
@@ -184,13 +248,13 @@ class LLM:
         with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
             for answer in run.results():
                 answers[answer.request] = answer
-                stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
+                run.show(stage, len(answers))
         self.last_run = run
         scores, outputs = [], []
         for row, item in enumerate(items):
             answer = answers[int(first[row])]
             if isinstance(item, tuple):
-                outputs.append(completion_of(answer, 0))
+                outputs.append(self._outputs.completion(answer, 0))
             elif answer.error is not None or isinstance(item, str):
                 scores.append(Score.failed(answer.error or str(item)))
             else:
@@ -201,7 +265,11 @@ class LLM:
     def max_length(self) -> int:
         """Most tokens that the model reads at once and is exact for; 2048 where it does not say, as in
         lm-evaluation-harness."""
-        return self._model.exact_length or 2048
+        return self._exact_length or 2048
+
+    @property
+    def _exact_length(self) -> int | None:
+        return min(filter(None, (self._length, self._model.exact_length)), default=None)
 
     def _answer(self, many: list[Any], table: PromptTable, use_tqdm: bool) -> list[RequestOutput]:
         self._check_needs_no_tokenizer(table)
@@ -213,33 +281,73 @@ class LLM:
         with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
             tables = (candidates.prompts, candidates.requests)
             run = TableRun(self._model, self._tokenizer, *tables, self._run_options, trace=self.trace)
+            known = 0
             for found in run.results():
                 for answer in candidates.settle([found], none):
                     answers[answer.request] = answer
-                    stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
-        return outputs_of(many, prompts, requests, answers)
+                    known += 1
+                run.show(stage, known)
+        self.last_run = run
+        return self._outputs.outputs(many, prompts, requests, answers)
+
+    # ---- what parameters leave open
+
+    def _params(self, given: ParamsOfCall) -> core.SamplingParams | list[core.SamplingParams]:
+        """What the engine is given for all prompts of a call, or for each of them."""
+        given = self.get_default_sampling_params() if given is None else given
+        seed = drawn_seed(self._seed, self._calls)
+        self._calls += 1
+        if isinstance(given, Mapping) or not isinstance(given, Iterable):
+            return self._resolved(given, seed)
+        many = list(given)
+        known = {id(one): one for one in many}
+        resolved = {number: self._resolved(one, seed) for number, one in known.items()}
+        return [resolved[id(one)] for one in many]
+
+    def _resolved(self, given: object, seed: int) -> core.SamplingParams:
+        if isinstance(given, core.SamplingParams):
+            return given
+        if not isinstance(given, SamplingParams):
+            raise TypeError(f"sampling_params must be batchllm.SamplingParams, found {type(given).__name__}")
+        if given.max_tokens is None and self._length is None:
+            raise ArgumentError(
+                "SamplingParams: max_tokens None is all that the model's length leaves, and this model states none; "
+                "give max_tokens, or max_model_len to LLM"
+            )
+        return given.resolved(seed=seed, max_tokens=self._length or 1)
+
+    def _with_params(
+        self, items: Sequence[TokenSpan | tuple[Sequence[int], core.SamplingParams | SamplingParams] | str]
+    ) -> list[TokenSpan | tuple[Sequence[int], core.SamplingParams] | str]:
+        given = [item[1] for item in items if isinstance(item, tuple)]
+        resolved = iter(self._params(given) if given else [])  # type: ignore[arg-type]
+        return [(item[0], next(resolved)) if isinstance(item, tuple) else item for item in items]
 
     def _check_needs_no_tokenizer(self, prompts: PromptTable) -> None:
-        needed = any(params.stop or params.bad_words or params.structure for params in prompts.params)
-        if self._tokenizer is None and needed:
-            raise ValueError("stop, bad_words, choice, regex, json_schema and grammar need a tokenizer")
+        used = (params.bad_words or params.structure or params.stop for params in prompts.params)
+        if self._tokenizer is None and any(used):
+            raise ArgumentError("stop, bad_words, choice, regex, json_schema and grammar need a tokenizer")
 
 
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, found {name!r}")
-    return name
+def _prompt_list(prompts: str | Iterable[Any]) -> list[Any]:
+    """One prompt alone, or many in whatever holds them."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    many = list(prompts)
+    return [many] if many and all(isinstance(token, int | np.integer) for token in many) else many
 
 
-def _is_token_ids(prompts: Sequence[Any]) -> bool:
-    return bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts)
-
-
-def _check_others(others: Mapping[str, Any], tensor_parallel_size: int) -> None:
-    unknown = sorted(set(others) - _WITHOUT_EFFECT)
-    if unknown:
-        raise TypeError(f"LLM() got an unexpected keyword argument {unknown[0]!r}")
-    if tensor_parallel_size != 1:
-        raise ValueError("tensor_parallel_size must be 1: this version runs on one device")
-    if others:
-        warnings.warn(f"{', '.join(sorted(others))}: without effect in BatchLLM", stacklevel=3)
+def _warn_of_errors(outputs: Sequence[RequestOutput]) -> None:
+    """Once for a call of which prompts have no answer: nobody looks at `error` of every output."""
+    failed = [
+        (number, sample.error)
+        for number, output in enumerate(outputs)
+        for sample in output.outputs
+        if sample.error is not None
+    ]
+    if failed:
+        count, (first, error) = len(dict(failed)), failed[0]
+        warnings.warn(
+            f"{count:,} of {len(outputs):,} prompts were not answered; the first is prompt {first}: {error}",
+            stacklevel=3,
+        )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchllm.core import SamplingParams
 from batchllm.errors import JobError
-from batchllm.job import GenerateSpec, InvalidParam, JobSpec, check_params, load_job, make_job, parse_bytes
+from batchllm.job import GenerateSpec, InvalidParam, JobSpec, load_job, make_job, parse_bytes
 
 SMALLEST: dict[str, Any] = {
     "model": {"path": "owner/model"},
@@ -443,12 +443,6 @@ def test_params_of_a_row_are_checked_like_the_job(tmp_path: Path) -> None:
     assert (caught.value.parameter, caught.value.reason) == ("top_p", "must be at most 1, found the number 2")
     with pytest.raises(InvalidParam, match="top_p must be a value, found a mapping"):
         generate.params({"top_p": {"column": "p"}})
-
-
-def test_check_params_of_the_python_api() -> None:
-    assert check_params(SamplingParams(stop=["x"])).stop == ("x",)  # type: ignore[arg-type]
-    with pytest.raises(JobError, match=r"^SamplingParams: n must be at least 1, found the number 0$"):
-        check_params(SamplingParams(n=0))
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

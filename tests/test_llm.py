@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from functools import cache
 from pathlib import Path
@@ -47,7 +46,7 @@ def test_outputs_come_in_the_order_of_the_prompts(llm: LLM, model_folder: Path) 
         assert output.prompt == prompt
         assert output.prompt_token_ids == ids[0].tolist()
         assert output.finished
-        assert list(output.outputs[0].token_ids) == expected[0, ids.shape[1] :].tolist()
+        assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
         assert output.outputs[0].text == tokenizer.decode(
             output.outputs[0].token_ids, skip_special_tokens=True
         )
@@ -62,9 +61,14 @@ def test_one_prompt_alone(llm: LLM) -> None:
 
 def test_every_way_to_give_a_prompt_is_the_same(llm: LLM) -> None:
     ids = byte_tokenizer()(PROMPTS[0])["input_ids"]
-    ways = [PROMPTS[0], ids, {"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}]
+    ways = [
+        PROMPTS[0],
+        ids,
+        batchllm.TextPrompt(prompt=PROMPTS[0]),
+        batchllm.TokensPrompt(prompt_token_ids=ids),
+    ]
     outputs = llm.generate(ways, GREEDY, use_tqdm=False)
-    assert len({output.outputs[0].token_ids for output in outputs}) == 1
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
     assert [output.prompt for output in outputs] == [PROMPTS[0], None, PROMPTS[0], None]
     assert [output.prompt_token_ids for output in outputs] == [ids] * 4
     assert llm.generate(ids, GREEDY, use_tqdm=False)[0].outputs == outputs[0].outputs
@@ -76,14 +80,16 @@ def test_no_prompts(llm: LLM) -> None:
 
 
 def test_only_bad_prompts(llm: LLM) -> None:
-    outputs = llm.generate(["", "x" * 600], GREEDY, use_tqdm=False)
+    with pytest.warns(UserWarning, match="2 of 2 prompts were not answered"):
+        outputs = llm.generate(["", "x" * 600], GREEDY, use_tqdm=False)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error"]
 
 
 def test_defaults_are_those_of_vllm(llm: LLM) -> None:
     (output,) = llm.generate(PROMPTS[0], use_tqdm=False)
     assert len(output.outputs[0].token_ids) <= 16
-    assert SamplingParams() == batchllm.core.SamplingParams(temperature=1.0, max_tokens=16)
+    given = SamplingParams().resolved(seed=0, max_tokens=1)
+    assert given == batchllm.core.SamplingParams(temperature=1.0, max_tokens=16)
 
 
 def test_parameters_for_each_prompt(llm: LLM) -> None:
@@ -98,11 +104,11 @@ def test_as_many_parameters_as_prompts(llm: LLM) -> None:
 
 
 def test_samples_and_seeds(llm: LLM) -> None:
-    params = SamplingParams(n=3, temperature=1.0, max_tokens=8)
+    params = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=0)
     first, again = (llm.generate(PROMPTS[:2], params, use_tqdm=False) for _ in range(2))
     assert first == again
     assert [sample.index for sample in first[0].outputs] == [0, 1, 2]
-    assert len({sample.token_ids for output in first for sample in output.outputs}) == 6
+    assert len({tuple(sample.token_ids) for output in first for sample in output.outputs}) == 6
     other = llm.generate(
         PROMPTS[:2], SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=4), use_tqdm=False
     )
@@ -124,7 +130,10 @@ def test_logprobs(llm: LLM) -> None:
     sample = output.outputs[0]
     assert sample.logprobs is not None
     assert len(sample.logprobs) == len(sample.token_ids)
-    assert all(-20 < value < 0 and math.isfinite(value) for value in sample.logprobs)
+    for token, beside in zip(sample.token_ids, sample.logprobs):
+        assert list(beside) == [token]  # greedy: the most probable one
+        assert beside[token].rank == 1 and -20 < beside[token].logprob < 0
+        assert beside[token].decoded_token == byte_tokenizer().decode([token])
 
 
 def test_chat(llm: LLM) -> None:
@@ -139,13 +148,23 @@ def test_chat(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "reason"),
-    [("", "the prompt is empty"), ("x" * 600, "at most 511"), ([5, 99_999], "token id 99,999")],
+    [
+        ("", "the prompt is empty"),
+        ("x" * 600, "at most 511"),
+        ([5, 99_999], "token id 99,999"),
+        ([5, -1], "token id -1"),
+    ],
 )
 def test_a_bad_prompt_is_an_error_of_its_own(llm: LLM, prompt: object, reason: str) -> None:
-    before, bad, after = llm.generate([PROMPTS[0], prompt, PROMPTS[1]], GREEDY, use_tqdm=False)
+    words = "^1 of 3 prompts were not answered; the first is prompt 1: "
+    with pytest.warns(UserWarning, match=words) as said:
+        before, bad, after = llm.generate([PROMPTS[0], prompt, PROMPTS[1]], GREEDY, use_tqdm=False)
+    (warning,) = said
+    assert reason in str(warning.message)
+    assert warning.filename == __file__
     assert bad.outputs[0].finish_reason == "error"
     assert reason in str(bad.outputs[0].error)
-    assert (bad.outputs[0].text, bad.outputs[0].token_ids) == ("", ())
+    assert (bad.outputs[0].text, bad.outputs[0].token_ids) == ("", [])
     good = llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
     assert [before.outputs, after.outputs] == [output.outputs for output in good]
 
@@ -234,8 +253,9 @@ def test_without_tokenizer_no_texts_that_end_an_answer(model_folder: Path) -> No
 
 def test_what_the_generation_config_would_do_is_said(model_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
-    with pytest.warns(
-        UserWarning, match=r"a repetition_penalty of 1\.05, .*; SamplingParams\.repetition_penalty"
-    ):
-        LLM(model=str(folder), kv_memory="1MiB")
+    stated = {"repetition_penalty": 1.05, "suppress_tokens": [3]}  # the first is the default of calls
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    with pytest.warns(UserWarning, match="generation_config") as warned:
+        llm = LLM(model=str(folder), kv_memory="1MiB")
+    assert ["SamplingParams.logit_bias" in str(one.message) for one in warned] == [True]
+    assert llm.get_default_sampling_params().repetition_penalty == 1.05

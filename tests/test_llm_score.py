@@ -52,7 +52,7 @@ def test_continuations_of_one_context(llm: LLM, model_folder: Path) -> None:
 
 def test_greedy_text_is_greedy_and_other_text_is_not(llm: LLM) -> None:
     greedy = llm.generate([CONTEXT], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)[0]
-    chosen = list(greedy.outputs[0].token_ids)
+    chosen = greedy.outputs[0].token_ids
     other = [*chosen[:-1], chosen[-1] - 1]
     context = greedy.prompt_token_ids
     [scores] = llm.score([context], [[chosen, other]], use_tqdm=False)

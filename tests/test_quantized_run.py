@@ -72,7 +72,7 @@ def test_llm_takes_the_same_argument(model_folder: Path) -> None:
     greedy = batchllm.SamplingParams(temperature=0, max_tokens=2)
     llm = batchllm.LLM(model=str(model_folder), quantize="int8_weight_only")
     assert llm.generate("Hello", greedy, use_tqdm=False)[0].outputs[0].finish_reason == "length"
-    with pytest.raises(ModelError, match="must be int8_weight_only or int8_dynamic"):
+    with pytest.raises(ValueError, match="quantize must be int8_weight_only or int8_dynamic"):
         batchllm.LLM(model=str(model_folder), quantize="int3")
 
 

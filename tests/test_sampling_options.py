@@ -119,7 +119,8 @@ def test_best_of_keeps_the_most_probable(llm: batchllm.LLM) -> None:
 
 
 def mean_logprob(answer: Any) -> float:
-    return float(np.mean(answer.logprobs))
+    assert answer.cumulative_logprob is not None
+    return float(answer.cumulative_logprob / len(answer.token_ids))
 
 
 def test_candidates_are_ranked_when_all_of_a_row_are_known() -> None:
@@ -164,10 +165,13 @@ def test_rows_that_choose_do_not_reorder_those_that_have_nothing_to_choose() -> 
 
 def test_top_logprobs_hold_the_token_that_greedy_takes(llm: batchllm.LLM) -> None:
     for (answer,) in answers(llm, params(temperature=0.0, logprobs=3)):
-        for token, value, beside in zip(answer.token_ids, answer.logprobs, answer.top_logprobs):
-            assert len(beside) == 3 and beside[0][0] == token
-            assert beside[0][1] == pytest.approx(value, abs=1e-4)
-            assert beside[0][1] >= beside[1][1] >= beside[2][1]
+        for token, beside in zip(answer.token_ids, answer.logprobs, strict=True):
+            assert next(iter(beside)) == token
+            assert [one.rank for one in beside.values()] == [1, 2, 3]
+            first, second, third = (one.logprob for one in beside.values())
+            assert first >= second >= third
+        chosen = [beside[token].logprob for token, beside in zip(answer.token_ids, answer.logprobs)]
+        assert answer.cumulative_logprob == pytest.approx(sum(chosen), abs=1e-3)
 
 
 def test_parameters_in_columns(tmp_path: Path, model: Path) -> None:

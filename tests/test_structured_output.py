@@ -71,8 +71,9 @@ def test_choices_patterns_and_grammars(llm: batchllm.LLM) -> None:
 def test_greedy_rows_and_probabilities(llm: batchllm.LLM) -> None:
     (answer,) = answers(llm, [params(temperature=0.0, choice=["maybe"], logprobs=2)])
     assert answer.text == "maybe" and len(answer.logprobs) == len("maybe")
-    assert all(value < -1.0 for value in answer.logprobs)  # of the model's own logits, not of those left
-    assert [len(beside) for beside in answer.top_logprobs] == [2] * 5
+    for token, beside in zip(answer.token_ids, answer.logprobs):
+        assert beside[token].logprob < -1.0  # of the model's own logits, not of those left
+        assert len(beside) == 2 + (beside[token].rank is None)  # the token, and the two most probable
 
 
 def test_an_answer_that_does_not_end_in_time_says_so(llm: batchllm.LLM) -> None:
@@ -226,9 +227,13 @@ def test_log_probabilities_are_those_of_the_models_own_logits(llm: batchllm.LLM)
     asked = [params(logprobs=3, max_tokens=2, **limit) for limit in ({}, {"choice": ["qq", "zz"]})]
     free, held = (output.outputs[0] for output in llm.generate(["Question: "] * 2, asked, use_tqdm=False))
     assert held.text in ("qq", "zz")
-    for first, other in zip(free.top_logprobs[0], held.top_logprobs[0], strict=True):
-        assert first == pytest.approx(other, abs=1e-4)
-    assert held.logprobs[0] < -1  # among all tokens, not among two
+    found = [
+        {one.rank: (token, one.logprob) for token, one in answer.logprobs[0].items() if one.rank}
+        for answer in (free, held)
+    ]
+    for rank in (1, 2, 3):
+        assert found[0][rank] == pytest.approx(found[1][rank], abs=1e-4)
+    assert held.logprobs[0][held.token_ids[0]].logprob < -1  # among all tokens, not among two
 
 
 def test_an_end_that_only_the_generation_config_names(model: Path, tmp_path: Path) -> None:

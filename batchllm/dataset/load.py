@@ -238,7 +238,7 @@ def prompts_from_list(
     prompts and faults as a renderer makes them.
 
     `params` is one for all or one for each. Raises ValueError when their numbers differ and TypeError for a
-    prompt of another kind; an empty prompt is a fault of its row.
+    prompt of another kind; an empty prompt and ids that no model has are faults of their rows.
     """
     params_list = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(params_list) != len(prompts):
@@ -267,16 +267,23 @@ def prompts_from_list(
     )
 
 
-def _content(prompt: str | Sequence[int] | Mapping[str, Any], row: int) -> str | list[int]:
+def _content(prompt: str | Sequence[int] | Mapping[str, Any], row: int) -> str | list[int] | RowFault:
     value: Any = prompt
     if isinstance(prompt, Mapping):
-        value = prompt.get("prompt_token_ids") or prompt.get("prompt")
+        given = prompt.get("prompt_token_ids")
+        value = prompt.get("prompt") if given is None else given
+        if prompt.get("multi_modal_data"):
+            raise TypeError(f"prompt {row} has multi_modal_data, and BatchLLM reads text only")
     if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence | np.ndarray) and all(
-        isinstance(token, int | np.integer) for token in value
-    ):
+        return str(value)  # numpy has a text of its own
+    for name in ("tolist", "to_list"):  # of an array or a tensor; of a Series
+        value = getattr(value, name)() if hasattr(value, name) else value
+    if isinstance(value, Sequence) and all(isinstance(token, int | np.integer) for token in value):
         ids = [int(token) for token in value]
-        if all(0 <= token < 2**31 for token in ids):
-            return ids
+        unknown = next((token for token in ids if not 0 <= token < 2**31), None)
+        return (
+            ids
+            if unknown is None
+            else RowFault(f"the prompt has the token id {unknown:,}, which no model knows")
+        )
     raise TypeError(f"prompt {row} must be text or a list of token ids, found {type(prompt).__name__}")

@@ -15,7 +15,7 @@ from batchllm.dataset.reorder import FreePart, is_list
 from batchllm.dataset.rows import EMPTY_PROMPT, RowFault
 from batchllm.dataset.templates import RowTemplate
 from batchllm.dataset.values import is_text, python_values
-from batchllm.errors import JobError, ModelError
+from batchllm.errors import ArgumentError, JobError, ModelError
 from batchllm.job import PromptSpec
 from batchllm.planner.field_order import FieldOrder
 from batchllm.suggest import column_hint
@@ -127,14 +127,15 @@ class PromptRenderer:
 def conversation_prompts(
     tokenizer: Any, conversations: Sequence[Any], args: Mapping[str, Any]
 ) -> list[Prompt | RowFault]:
-    """One prompt or fault per conversation in memory. Raises ValueError for arguments that the template cannot take."""
+    """One prompt or fault per conversation in memory. Raises ArgumentError for arguments that no template can take;
+    those that this one does not use are for `unused_arg` to name."""
     template = ChatTemplate(tokenizer, args.get("chat_template"))
     if not template.exists:
-        raise ValueError("the model's tokenizer has no chat template; give chat_template, or use generate")
+        raise ArgumentError("the model's tokenizer has no chat template; give chat_template, or use generate")
     args = {name: value for name, value in args.items() if value is not None}
-    wrong = wrong_args(args) or template.unknown(args)
+    wrong = wrong_args(args)
     if wrong is not None:
-        raise ValueError(wrong)
+        raise ArgumentError(wrong)
     texts = []
     for messages in conversations:
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
@@ -143,6 +144,12 @@ def conversation_prompts(
         )
         texts.append(found if isinstance(found, RowFault) else template.render(found, with_defaults(args)))
     return [prompt_of(text, add_special_tokens=False) for text in texts]
+
+
+def unused_arg(tokenizer: Any, args: Mapping[str, Any]) -> str | None:
+    """A sentence about the first argument that the chat template does not use, or None."""
+    given = [name for name, value in args.items() if value is not None]
+    return ChatTemplate(tokenizer, args.get("chat_template")).unknown(given)
 
 
 class PromptPlan:

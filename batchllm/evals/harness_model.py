@@ -52,12 +52,13 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
         trust_remote_code: bool = False,
         kv_memory: int | str = "auto",
         max_step_tokens: int | str = "auto",
+        device: str | None = None,
         quiet: bool = True,
         **unused: Any,
     ):
         super().__init__()
         without_effect = {name for name, value in unused.items() if value is not None}
-        unknown = sorted(without_effect - {"batch_size", "max_batch_size", "device"})
+        unknown = sorted(without_effect - {"batch_size", "max_batch_size"})
         if unknown:
             raise TypeError(f"BatchLM() got an unexpected keyword argument {unknown[0]!r}")
         self.llm = (
@@ -66,6 +67,7 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
             else LLM(
                 pretrained,
                 dtype=dtype,
+                device="cpu" if device == "cpu" else "auto",
                 trust_remote_code=trust_remote_code,
                 kv_memory=kv_memory,
                 max_step_tokens=max_step_tokens,
@@ -241,12 +243,13 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
         unknown = sorted(name for name, value in normal.items() if value is not None)
         if unknown:
             return f"generation_kwargs.{unknown[0]} is not known to BatchLLM; remove it"
-        return SamplingParams(
+        chosen = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature if do_sample else 0.0,
             stop=[stop for stop in until if stop],
             **sampling,
         )
+        return chosen.resolved(seed=0, max_tokens=max_tokens)  # the same samples every night
 
     def _text(self, request: Instance, output: CompletionOutput) -> str:
         if output.error is not None:

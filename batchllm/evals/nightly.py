@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from batchllm.evals.score_table import error_table, score_table
 from batchllm.evals.tasks import load_tasks
 from batchllm.executor.model_folder import fingerprint
 from batchllm.llm import LLM
-from batchllm.planner.plan import PlanOptions
+from batchllm.report.progress import Progress
 from batchllm.versions import batchllm_version
 
 EXIT_OK, EXIT_FAULTS, EXIT_REGRESSION = 0, 3, 4
@@ -76,17 +77,20 @@ def _previous(job: EvalJob, path: Path) -> Path | None:
 
 
 def _model(job: EvalJob, quiet: bool) -> BatchLM:
-    shared = job.engine.min_shared_tokens
-    llm = LLM(
-        job.model.path,
-        dtype=job.model.dtype,
-        device=job.engine.device,
-        quantize=job.model.quantize,
-        trust_remote_code=job.model.trust_remote_code,
-        kv_memory=job.engine.kv_memory,
-        max_step_tokens=job.engine.max_step_tokens,
-        min_shared_tokens=PlanOptions().min_shared_tokens if isinstance(shared, str) else shared,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "device: auto")  # said as every command says it
+        llm = LLM(
+            job.model.path,
+            dtype=job.model.dtype,
+            device=job.engine.device,
+            quantize=job.model.quantize,
+            trust_remote_code=job.model.trust_remote_code,
+            kv_memory=job.engine.kv_memory,
+            max_step_tokens=job.engine.max_step_tokens,
+            min_shared_tokens=job.engine.min_shared_tokens,
+        )
+    if llm.device_note:
+        Progress(quiet=quiet).note(llm.device_note)
     return BatchLM(llm, quiet=quiet)
 
 

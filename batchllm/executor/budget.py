@@ -63,13 +63,23 @@ def too_long(
 
 
 def engine_options(
-    plan: Plan, prompts: PromptTable, kv_tokens: int, max_step_tokens: int | str, *, gpu: bool = False
+    plan: Plan,
+    prompts: PromptTable,
+    kv_tokens: int,
+    max_step_tokens: int | str,
+    *,
+    gpu: bool = False,
+    max_length: int | None = None,
 ) -> EngineOptions:
-    """The pool is never larger than the whole job could fill."""
+    """The pool is never larger than the whole job could fill. `max_length`: of a sequence, prompt and output."""
     outputs = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
+    if max_length is not None:
+        outputs = np.clip(max_length - plan.node_end[plan.sequence_node], 1, outputs)
     slack = _LEAF_SLACK + (_PAGE if gpu else 0)
     needed = int((plan.node_end - plan.node_start).sum(dtype=np.int64) + (outputs + slack).sum())
     needed += _PAGE * plan.num_nodes if gpu else 0
     return EngineOptions(
-        kv_tokens=min(kv_tokens, needed), max_step_tokens=step_tokens(max_step_tokens, gpu=gpu)
+        kv_tokens=min(kv_tokens, needed),
+        max_step_tokens=step_tokens(max_step_tokens, gpu=gpu),
+        max_length=max_length,
     )

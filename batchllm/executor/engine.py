@@ -39,6 +39,9 @@ class EngineOptions:
     kv_tokens: int  # capacity of the KV pool
     max_step_tokens: int = 1024
     max_running: int = 4096
+    max_length: int | None = (
+        None  # most tokens of a sequence, prompt and output together; None: what the model says
+    )
 
 
 @dataclass(slots=True)
@@ -84,7 +87,7 @@ class Engine:
             self.pool,
             estimator or LengthEstimator(params=prompts.params),
             options.max_step_tokens,
-            model.exact_length,
+            min(filter(None, (options.max_length, model.exact_length)), default=None),
             options.max_running,
             score_reads,
             stored,

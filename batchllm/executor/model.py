@@ -229,7 +229,10 @@ class _ShapeProbe:
 def load_model(
     path: str, dtype: str = "auto", trust_remote_code: bool = False, placement: Placement | None = None
 ) -> ModelRunner:
-    """Loads safetensors weights and checks that this model can run exactly. Raises ModelError."""
+    """Loads safetensors weights and checks that this model can run exactly. `dtype` as ModelSpec has it.
+
+    Raises ModelError.
+    """
     register()
     config, limit = load_config(path, trust_remote_code)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -237,7 +240,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=_DTYPES.get(dtype, "auto"),
+            dtype="auto" if dtype == "auto" else _DTYPES[dtype],
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,

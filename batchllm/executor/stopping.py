@@ -30,14 +30,30 @@ class StopRules:
         A stop string that was complete before `min_tokens` did not end it and stays in the text.
         """
         text = self.decode(tokens, params)
-        if not params.stop:
-            return text
-        early = self._whole(tokens[: params.min_tokens - 1], params) if params.min_tokens > 1 else 0
-        found = self._find_stop(text, params.stop, early)
+        found = self._found_stop(tokens, params, text)
         if found is None:
             return text
         start, end = found
         return text[: end if params.include_stop else start]
+
+    def stop_reason(self, tokens: Sequence[int], params: SamplingParams) -> int | str | None:
+        """Of an output that has ended with `stop`: the stop token or the stop string; None where it was an
+        end-of-sequence token, or the structure that `params` ask for was complete."""
+        last = tokens[-1]
+        if last in self._eos_ids and not params.ignore_eos:
+            return None
+        if last in params.stop_token_ids:
+            return last
+        text = self.decode(tokens, params) if params.stop else ""
+        found = self._found_stop(tokens, params, text)
+        return None if found is None else text[slice(*found)]
+
+    def _found_stop(self, tokens: Sequence[int], params: SamplingParams, text: str) -> tuple[int, int] | None:
+        """(start, end) in `text`, which is that of `tokens`, of the stop string that ended it."""
+        if not params.stop:
+            return None
+        early = self._whole(tokens[: params.min_tokens - 1], params) if params.min_tokens > 1 else 0
+        return self._find_stop(text, params.stop, early)
 
     def was_cut(self, tokens: Sequence[int], params: SamplingParams, text: str) -> bool:
         """Whether `text`, of these tokens, lacks the end that they have."""

@@ -11,7 +11,7 @@ lengths seen with sampling parameters of the same kind (`length_kinds`), and of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ MOST_IN_GROUPS = 4096  # pairs of kind and group that are learned; in others tha
 SPREAD = 0.25  # standard deviations added to the mean
 TRUSTED_LENGTHS = 16  # as many observations weigh as much as the assumption that max_tokens is reached
 TRUSTED_IN_GROUP = 4  # as many of a group weigh as much as those of all: groups differ more than their rows
+UNLIMITED_GUESS = 512  # the least that an output without a limit of its own is expected to come to
 
 IntLike = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.float64]
@@ -36,11 +37,18 @@ FloatArray = NDArray[np.float64]
 class LengthEstimator:
     """Not thread-safe. `group` is an array of numbers, NO_GROUP where there is none, or None.
 
-    `params`: the sets that a params index stands for; without them each index is of a kind of its own.
-    `errors`: of what was expected of each sequence that finished, just before it was learned from.
+    `params`: the sets that a params index stands for; without them each index is of a kind of its own. `errors`: of
+    what was expected of each sequence that finished, just before it was learned from. `unlimited`: the parameter sets
+    whose max_tokens is all that the model reads, which says nothing about how long outputs will be.
     """
 
-    def __init__(self, errors: LengthErrors | None = None, params: Sequence[SamplingParams] = ()) -> None:
+    def __init__(
+        self,
+        errors: LengthErrors | None = None,
+        params: Sequence[SamplingParams] = (),
+        unlimited: Collection[int] = (),
+    ) -> None:
+        self._unlimited = np.array(sorted(unlimited), dtype=np.int64)
         self._seen: dict[int, _RecentLengths] = {}  # by kind
         self._in_group: dict[int, _RecentLengths] = {}  # by kind and group
         self._kind_of = length_kinds(params)
@@ -81,11 +89,15 @@ class LengthEstimator:
     ) -> IntArray:
         """Tokens still to be decoded, >= 1, by sequences that have decoded `decoded` so far. Arrays [n].
 
-        Never more than `max_tokens - decoded`, and exactly that as long as no longer output has been seen.
+        Never more than `max_tokens - decoded`, and exactly that as long as no longer output has been seen; but of
+        `unlimited` parameters as much again as has been decoded, and UNLIMITED_GUESS at the least.
         """
         done: IntArray = np.asarray(decoded, dtype=np.int64)
         most = np.asarray(max_tokens, dtype=np.float64)
         total = most.copy()
+        if len(self._unlimited):
+            unlimited = np.isin(params_index, self._unlimited)
+            total[unlimited] = np.minimum(most, np.maximum(UNLIMITED_GUESS, 2 * done))[unlimited]
         kind = self.kinds(params_index)
         for seen, mine in _members(self._seen, kind):
             total[mine] = seen.expected_total(done[mine], most[mine], total[mine], TRUSTED_LENGTHS)

@@ -40,7 +40,7 @@ class PlanOptions:
     order: OrderName = "auto"
     decode_estimate: NDArray[np.generic] | DecodeEstimate | None = None
     row_group: NDArray[np.int32] | None = None
-    max_length: int | None = None
+    max_length: int | None = None  # most tokens of a sequence, prompt and output together
 
 
 @dataclass(frozen=True)

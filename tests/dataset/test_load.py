@@ -297,10 +297,32 @@ def test_no_prompts_in_memory() -> None:
     assert (prompts.num_rows, len(prompts.tokens), prompts.offsets.tolist()) == (0, 0, [0])
 
 
-@pytest.mark.parametrize("prompt", [3, [1.5], ["a"], {"text": "x"}, [-1], [2**31], None])
+@pytest.mark.parametrize(
+    "prompt", [3, [1.5], ["a"], {"text": "x"}, {"prompt": "a", "multi_modal_data": {"image": 1}}, None]
+)
 def test_prompts_of_another_kind(prompt: Any) -> None:
-    with pytest.raises(TypeError, match="prompt 1 must be text or a list of token ids"):
+    with pytest.raises(
+        TypeError, match=r"prompt 1 (must be text or a list of token ids|has multi_modal_data)"
+    ):
         prompts_from_list(["a", prompt], SamplingParams(), byte_tokenizer())
+
+
+def test_a_fault_of_one_prompt_is_its_own() -> None:
+    given = [
+        {"prompt_token_ids": []},
+        [5, -1],
+        [2**31],
+        {"prompt_token_ids": np.array([]), "prompt": "a"},
+        [5],
+    ]
+    prompts = prompts_from_list(given, SamplingParams(), byte_tokenizer())
+    assert ids_of(prompts) == [[], [], [], [], [5]]
+    assert prompts.faults == {
+        0: "the prompt is empty",
+        1: "the prompt has the token id -1, which no model knows",
+        2: "the prompt has the token id 2,147,483,648, which no model knows",
+        3: "the prompt is empty",
+    }
 
 
 def test_as_many_params_as_prompts() -> None:

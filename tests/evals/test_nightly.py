@@ -14,6 +14,7 @@ import yaml
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
 
+from batchllm.executor.device import Machine
 from tests.evals.eval_worlds import write_small_tasks
 from tests.jobs import exit_code_of
 
@@ -220,3 +221,18 @@ def test_an_evaluation_is_not_overwritten_unasked(job: Path, capsys: pytest.Capt
     (job.parent / "nights" / "first" / "letter.txt").write_text("dear")
     assert night(job, "first") == 2
     assert (job.parent / "nights" / "first" / "letter.txt").exists()
+
+
+def test_a_gpu_that_cannot_be_used_is_said(
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setattr("batchllm.llm.this_machine", lambda: Machine(None, "torch finds no GPU"))
+    arguments = ("--set", "engine.device=auto", "--set", "eval.tasks=[choices]")
+    assert exit_code_of("eval", job, *arguments) == 0
+    assert capfd.readouterr().err.count("device: auto runs on the CPU, for torch finds no GPU") == 1
+    assert night(job, "quiet", *arguments) == 0
+    assert "device: auto" not in capfd.readouterr().err
+    assert not [warning for warning in recwarn if "device: auto" in str(warning.message)]

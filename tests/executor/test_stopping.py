@@ -176,3 +176,16 @@ def byte_fallback_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE({**vocabulary, "<eos>": EOS}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def test_what_ended_an_output() -> None:
+    def reason(tokens: list[int], **params: Any) -> int | str | None:
+        return RULES.stop_reason(tokens, SamplingParams(max_tokens=100, **params))
+
+    written = tokens_of("one two")
+    assert reason([*written, EOS], stop=("never",), stop_token_ids=(EOS,)) is None
+    assert reason([*written, EOS], stop_token_ids=(EOS,), ignore_eos=True) == EOS
+    assert reason(written, stop_token_ids=(7, written[-1])) == written[-1]
+    assert reason(written, stop=("two", "o")) == "o"  # the first in the text
+    assert reason(written, stop=("o", "two"), min_tokens=6) == "two"  # earlier ones did not end it
+    assert reason(written, stop=("never",)) is None  # its structure was complete

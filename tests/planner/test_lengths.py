@@ -84,6 +84,15 @@ def test_mixed_parameters_in_one_call():
     assert found[2:].tolist() == [100, 46]
 
 
+def test_without_a_limit_of_its_own_an_output_is_expected_to_be_as_long_again():
+    estimator = LengthEstimator(unlimited=[1])
+    assert estimate(estimator, [0, 300, 5000, 99_999], 100_000, params=1) == [512, 300, 5000, 1]
+    assert estimate(estimator, [0, 5], 100, params=1) == [100, 95]
+    assert estimate(estimator, [0, 300], 100_000, params=0) == [100_000, 99_700]
+    estimator.observe(1, np.full(160, 100))  # ten times as many as weigh as much as the guess
+    assert 100 < estimate(estimator, 0, 100_000, params=1)[0] < 150
+
+
 def test_empty():
     none = np.empty(0, dtype=np.int64)
     assert len(LengthEstimator().estimate(none, none, none)) == 0

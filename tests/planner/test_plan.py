@@ -19,6 +19,7 @@ from planner_oracle import (
 
 from batchllm.core import SamplingParams
 from batchllm.planner import PlanOptions, build_plan
+from batchllm.planner.plan import draft_plan
 
 MANY = SamplingParams(max_tokens=9, temperature=1.0, n=3)
 PARAMS = (GREEDY, SAMPLED, MANY, SamplingParams(max_tokens=2, n=2))
@@ -233,3 +234,16 @@ def scanned(lengths, decode):
             left += surplus[taken[-1]]
         waiting.remove(taken[-1])
     return taken
+
+
+def test_no_more_is_expected_than_the_length_leaves():
+    rows = [[1] * 4, [1] * 8, [2] * 10, [3] * 12]
+    prompts = make_prompts(rows, (GREEDY,))  # 7 tokens at most
+    requests = make_requests(prompts)
+    todo = np.ones(4, dtype=bool)
+    draft = draft_plan(prompts, requests, todo, PlanOptions(max_length=12))
+    found = dict(zip(draft.sequences.first_request.tolist(), draft.decode.tolist()))
+    assert found == {0: 7, 1: 4, 2: 2, 3: 1}
+    seen = draft.expecting(lambda params, most, group: most * 10).decode
+    assert sorted(seen.tolist()) == [10, 20, 40, 70]
+    assert draft_plan(prompts, requests, todo, PlanOptions()).decode.tolist() == [7] * 4
