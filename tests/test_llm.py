@@ -256,6 +256,6 @@ def test_what_the_generation_config_would_do_is_said(model_folder: Path, tmp_pat
     stated = {"repetition_penalty": 1.05, "suppress_tokens": [3]}  # the first is the default of calls
     (folder / "generation_config.json").write_text(json.dumps(stated))
     with pytest.warns(UserWarning, match="generation_config") as warned:
-        llm = LLM(model=str(folder), kv_memory="1MiB")
+        llm = LLM(model=str(folder), device="cpu", kv_memory="1MiB")
     assert ["SamplingParams.logit_bias" in str(one.message) for one in warned] == [True]
     assert llm.get_default_sampling_params().repetition_penalty == 1.05
