@@ -131,8 +131,11 @@ def test_answers_of_lossy_reuse_are_not_shared_by_jobs(prepared: Path, tmp_path:
     assert not cache.exists()
     assert run(job, *with_cache, "--overwrite") == 0
     assert list(cache.glob("*.parquet"))
-    assert run(job, *with_cache, "--overwrite", "--set", "chunks.reuse=naive") == 0
-    assert read_metrics(tmp_path / "job" / "out")["chunks"]["placed_tokens"] > 100  # none came from the cache
+    # Elsewhere: in the same folder the answers of the first run, which were set aside, would be taken back.
+    elsewhere = ("--set", "chunks.reuse=naive", "--set", "output.path=elsewhere")
+    assert run(job, *with_cache, *elsewhere) == 0
+    metrics = read_metrics(tmp_path / "job" / "elsewhere")
+    assert metrics["chunks"]["placed_tokens"] > 100  # none came from the cache
 
 
 def test_passages_that_may_be_reordered_share_exact_prefixes(tmp_path: Path, model_folder: Path):

@@ -79,10 +79,11 @@ def test_a_bar_says_what_is_left_by_tokens() -> None:
     with Progress(stream=stream).stage("run", 10) as stage:
         assert "<?]" in stream.getvalue()
         stage._started -= 100
-        stage.update(0, prompt_tokens_done=1000, total_tokens=4000)
-        time.sleep(0.2)  # longer than a bar waits before it is drawn again
-        stage.update(0, prompt_tokens_done=1000, total_tokens=4000)
-        assert re.search(r"run +0%\|.*\| 0/10 rows \[00:00<05:0\d", stream.getvalue())
+        for rows, total in ((0, 4000), (6, 3000), (6, 2000)):
+            time.sleep(0.2)  # longer than a bar waits before it is drawn again
+            stage.update(rows, prompt_tokens_done=1000, total_tokens=total)
+        drawn = re.findall(r"(\d+)/10 rows \[00:0\d<0(\d):", stream.getvalue())
+        assert drawn == [("0", "5"), ("6", "3"), ("6", "1")]
 
 
 def test_planned_tokens_are_mended_by_what_came() -> None:
