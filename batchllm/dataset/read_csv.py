@@ -94,7 +94,7 @@ def _note_values(header: list[str], row: list[Cell], seen: set[str], texts: set[
 
 
 def _num_bytes(row: list[Cell] | RowFault) -> int:
-    return 0 if isinstance(row, RowFault) else sum(len(cell) for cell in row if cell)
+    return 0 if isinstance(row, RowFault) else sum(map(len, filter(None, row)))
 
 
 def _to_batch(
