@@ -240,7 +240,7 @@ def _fastest(work: Callable[[], object], repeats: int = 2) -> float:
 class _InstantModel:
     """Answers with the same logits always, or at once with tokens if it `chooses`."""
 
-    max_length = None
+    exact_length = None
 
     def __init__(self, model: ModelRunner, rows: int, vocabulary: int, chooses: bool) -> None:
         self.layers, self.dtype = model.layers[:1], model.dtype

@@ -199,7 +199,7 @@ def _distinct(
 
 
 def _sorted_by(node: IntArray, position: IntArray, target: IntArray) -> IntArray:
-    """By node, then position, then target; as one number where that has room: it is sorted several times as fast."""
+    """By node, then position, then target; as one number where it has room, which is several times as fast."""
     most = [int(values.max(initial=0)) + 1 for values in (node, position, target)]
     order: IntArray
     if most[0] * most[1] * most[2] < 2**63:
