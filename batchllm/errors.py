@@ -21,3 +21,8 @@ class ModelError(UserError):
 
 class OutputError(UserError):
     """The output folder holds something this job must not touch."""
+
+
+def first_line(error: BaseException) -> str:
+    """The message of a library's error, which may go on for many lines, in one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

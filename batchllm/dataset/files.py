@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs
 
-from batchllm.errors import InputError
+from batchllm.errors import InputError, first_line
 from batchllm.job_paths import is_url
 from batchllm.suggest import nearest
 
@@ -51,11 +51,6 @@ def find_files(path: str, format: str) -> InputFiles:
         raise InputError(f"input.path: {what} `{path}` (names that begin with _ or . are left out)")
     name, chosen = _format_of(paths, format, path)
     return InputFiles(filesystem, tuple(chosen), name, base)
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an error, which may go on for many lines, in one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
