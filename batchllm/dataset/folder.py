@@ -12,7 +12,6 @@ Readers that scan OUT skip `_run` for its underscore.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,11 @@ from batchllm.dataset.parts import (
     parquet_files,
     read_mark,
 )
-from batchllm.durable import sync_folder, writing
+from batchllm.durable import check_writable, sync_folder, writing
 from batchllm.errors import OutputError
 
 MANIFEST_FORMAT = 1
-_FILES_OF_A_RUN = ("manifest.json", "job.yaml", "metrics.json", "plan.parquet", "report.html")
+_FILES_OF_A_RUN = ("manifest.json", "job.yaml", "metrics.json", "plan.parquet", "plan-sample.parquet")
 _FOLDERS_OF_A_RUN = ("scratch", "final", "superseded")
 
 
@@ -54,7 +53,7 @@ def check_output(path: Path, identity: str, overwrite: bool = False) -> None:
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; output.path must name a folder")
-    _check_writable(path)
+    check_writable(path)
     folder = Folder(path)
     ours, foreign = _whose_parts(folder)
     if foreign:
@@ -87,14 +86,6 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
-
-
-def _check_writable(path: Path) -> None:
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: cannot be written, because this user may not write to {existing}")
 
 
 def _whose_parts(folder: Folder) -> tuple[list[Path], list[Path]]:
