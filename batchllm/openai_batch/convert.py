@@ -7,6 +7,7 @@ every sampling parameter, so that a job can read it: it is what `run-batch` runs
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import pyarrow.parquet as pq
 
 from batchllm.core import SamplingParams
 from batchllm.dataset.messages import parse_messages
-from batchllm.errors import InputError
+from batchllm.durable import replacing
+from batchllm.errors import InputError, first_line
 from batchllm.openai_batch.requests import CHAT, COMPLETIONS, BadLine
 from batchllm.openai_batch.rows import write_rows
-from batchllm.openai_batch.run import bad_lines, check_readable, read_requests
+from batchllm.openai_batch.run import bad_lines, check_readable, check_target, read_requests, reading
 
 _ANSWERS = pa.schema(
     [
@@ -45,28 +47,33 @@ _ALWAYS = ("temperature", "max_tokens")  # whose defaults here are not OpenAI's
 def convert(source: Path, target: Path, max_tokens: int = 256) -> list[tuple[int, BadLine]]:
     """By the names: .jsonl → .parquet, or .parquet → .jsonl. Returns lines left out because they are no requests.
 
-    Raises InputError for other names and for a Parquet file that holds no requests.
+    A target that is there already is replaced by a whole one or stays. Raises InputError for other names and for a
+    Parquet file that holds no requests, OutputError for a target that cannot be written.
     """
     check_readable(source)
     kinds = (source.suffix, target.suffix)
-    if kinds == (".jsonl", ".parquet"):
-        if _is_responses(source):
-            _write_answers(source, target)
-            return []
-        write_rows((request for _, request in read_requests(source)), target, max_tokens)
-        return list(bad_lines(source))
-    if kinds == (".parquet", ".jsonl"):
-        table = _open_requests(source)
-        with target.open("w", encoding="utf-8") as file:
-            for batch in table.iter_batches():
-                for row in batch.to_pylist():
-                    file.write(json.dumps(_record(row), ensure_ascii=False) + "\n")
-        return []
-    raise InputError(f"{source} → {target}: one must be named .jsonl and the other .parquet")
+    if kinds not in ((".jsonl", ".parquet"), (".parquet", ".jsonl")):
+        raise InputError(f"{source} → {target}: one must be named .jsonl and the other .parquet")
+    check_target(target, "the target")
+    has_requests = source.suffix == ".jsonl" and not _is_responses(source)
+    with replacing(target) as part:
+        if has_requests:
+            write_rows((request for _, request in read_requests(source)), part, max_tokens)
+        elif source.suffix == ".jsonl":
+            _write_answers(source, part)
+        else:
+            _write_requests(source, part)
+    return list(bad_lines(source)) if has_requests else []
+
+
+def _write_requests(source: Path, target: Path) -> None:
+    with target.open("w", encoding="utf-8") as file:
+        for row in _read_table(source):
+            file.write(json.dumps(_record(row), ensure_ascii=False) + "\n")
 
 
 def _is_responses(path: Path) -> bool:
-    with path.open("rb") as file:
+    with reading(path) as file:
         first = next((line for line in file if line.strip()), b"")
     try:
         record = json.loads(first)
@@ -77,7 +84,7 @@ def _is_responses(path: Path) -> bool:
 
 def _write_answers(source: Path, target: Path) -> None:
     rows: list[dict[str, Any]] = []
-    with source.open(encoding="utf-8") as file:
+    with reading(source) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -107,15 +114,18 @@ def _answer_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _open_requests(source: Path) -> pq.ParquetFile:
+def _read_table(source: Path) -> Iterator[dict[str, Any]]:
     try:
         file = pq.ParquetFile(source)
-    except pa.ArrowInvalid:
-        raise InputError(f"{source}: is not a Parquet file") from None
-    missing = next((name for name in ("custom_id", "prompt") if name not in file.schema_arrow.names), None)
-    if missing is not None:
-        raise InputError(f"{source}: has no column `{missing}`, which requests need")
-    return file
+        missing = next(
+            (name for name in ("custom_id", "prompt") if name not in file.schema_arrow.names), None
+        )
+        if missing is not None:
+            raise InputError(f"{source}: has no column `{missing}`, which requests need")
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{source}: cannot be read as Parquet ({first_line(error)})") from None
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:

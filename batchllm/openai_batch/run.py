@@ -7,17 +7,19 @@ is answered depends on its custom_id and body, not on where its line stands.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
+from batchllm import exit_codes
 from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.durable import check_writable, make_folder, replacing
 from batchllm.errors import InputError, OutputError
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.job import make_job
@@ -36,41 +38,35 @@ def run_batch(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     quiet: bool = False,
 ) -> int:
-    """0: every line answered; 3: some lines are errors; 130: interrupted. Raises UserError before anything is written.
+    """What to exit with: OK, SOME_FAILED or INTERRUPTED. Raises UserError before anything is written.
 
     `max_tokens` is for requests that do not say. `overrides` are those of a job: {"engine.kv_memory": "1GiB"}.
     """
     check_readable(requests)
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; -o must name a file")
-    if not output.absolute().parent.is_dir():
-        raise OutputError(f"{output}: the folder {output.absolute().parent} does not exist")
+    check_target(output, "-o")
     folder = output.with_name(output.name + ".batch").absolute()
     sections = {"model": {"path": model}, **job_sections(folder / "rows.parquet", folder / "answers")}
     job = make_job(sections, Path.cwd(), "run-batch", overrides)
     check_model_folder(job.model.path, job.model.trust_remote_code)
-    folder.mkdir(exist_ok=True)
-    count = write_rows((line for _, line in read_requests(requests)), folder / "rows.parquet", max_tokens)
-    code = 0
+    make_folder(folder)
+    with replacing(folder / "rows.parquet") as part:
+        count = write_rows((line for _, line in read_requests(requests)), part, max_tokens)
+    code = exit_codes.OK
     if count:
         code = run_job(job, quiet=quiet).exit_code
-        if code == 130:
+        if code == exit_codes.INTERRUPTED:
             return code
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     answers = _answers(job.output.path) if count else iter(())
     name, created = Path(job.model.path).name, int(time.time())
-    part = output.with_name(output.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with replacing(output) as part, part.open("w", encoding="utf-8") as file:
         for number, line in _lines(requests):
             if isinstance(line, BadLine):
-                code = 3
+                code = exit_codes.SOME_FAILED
                 record = error_line(number, line.custom_id, line.code, str(line))
             else:
                 record = answer_line(number, line, next(answers), tokenizer, name, created)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, output)
     return code
 
 
@@ -84,7 +80,7 @@ def read_requests(path: Path) -> Iterator[tuple[int, BatchRequest]]:
 def _lines(path: Path) -> Iterator[tuple[int, BatchRequest | BadLine]]:
     """Every line that is not blank, from 1 on. A custom_id that comes again is an error."""
     seen: dict[str, int] = {}
-    with path.open("rb") as file:
+    with reading(path) as file:
         for number, raw in enumerate(file, start=1):
             line = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
             if not line:
@@ -120,6 +116,28 @@ def bad_lines(path: Path) -> Iterator[tuple[int, BadLine]]:
 
 
 def check_readable(path: Path) -> None:
-    """Raises InputError for a file that does not exist."""
+    """Raises InputError for a file that is not there or cannot be read."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
+    with reading(path):
+        pass
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """The file as bytes. What the operating system says about it meanwhile becomes one sentence of an InputError."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def check_target(path: Path, name: str) -> None:
+    """Raises OutputError for a file that cannot be written; `name`: what named it. Writes nothing."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; {name} must name a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist; make it or choose another one")
+    check_writable(folder)
