@@ -143,8 +143,7 @@ def evaluate(job: str, overrides: Sequence[str], previous: str | None, overwrite
         raise JobError("batchllm eval needs lm-evaluation-harness: pip install 'batchllm-engine[eval]'")
     from batchllm.evals.eval_job import load_eval_job
 
-    chosen = [] if previous is None else [f"compare.previous={previous}"]
-    spec = load_eval_job(job, [*overrides, *chosen])
+    spec = load_eval_job(job, overrides, previous)
 
     from batchllm.evals.nightly import run_eval
 
