@@ -8,7 +8,7 @@ are reordered and share prefixes over the whole list.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ from batchllm.llm_outputs import CompletionOutput, RequestOutput, completion_of,
 from batchllm.llm_params import SamplingParams
 from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
-from batchllm.scoring import Score, TokenSpan, encode_all, mixed_table, pair_spans, windows
+from batchllm.scoring import Item, Score, encode_all, mixed_table, pair_spans, windows
 from batchllm.scoring import prefix_token as first_token
 from batchllm.table_run import RunOptions, TableRun
 
@@ -170,12 +170,19 @@ class LLM:
         return [Score.joined([next(flat) for _ in row]) for row in spans]
 
     def score_and_generate(
-        self,
-        items: Sequence[TokenSpan | tuple[Sequence[int], core.SamplingParams] | str],
-        use_tqdm: bool = True,
+        self, items: Sequence[Item], use_tqdm: bool = True
     ) -> tuple[list[Score], list[CompletionOutput]]:
         """Texts to score and prompts to continue, planned together and run once; an item that is text is the reason
         why there is none. Scores of the spans (and reasons) in order, first answers of the prompts in order."""
+        found = dict(self.score_and_generate_each(items, use_tqdm))
+        in_order = [found[number] for number in range(len(items))]
+        scores = [part for part in in_order if isinstance(part, Score)]
+        return scores, [part for part in in_order if isinstance(part, CompletionOutput)]
+
+    def score_and_generate_each(
+        self, items: Sequence[Item], use_tqdm: bool = True
+    ) -> Iterator[tuple[int, Score | CompletionOutput]]:
+        """The same, as (number of the item, what came of it), each as soon as it is known."""
         vocabulary = self._model.vocab_size
         table, scored = mixed_table(items, self._model.max_length, vocabulary)
         generated = scored.first < 0
@@ -185,24 +192,14 @@ class LLM:
         prompts = replace(prompts, faults=faults)
         check_lengths(self._model.limit, longest_sequence(prompts), self._model.model_type)
         requests = make_requests(prompts, None, b"")
-        first = np.searchsorted(requests.row, np.arange(len(items)))
-        answers: dict[int, RequestResult] = {}
         run = TableRun(self._model, self._tokenizer, prompts, requests, self._run_options, scored, self.trace)
         with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
             for answer in run.results():
-                answers[answer.request] = answer
                 stage.advance(1, answer.prompt_tokens + len(answer.output_tokens))
+                if requests.sample[answer.request] == 0:
+                    row = int(requests.row[answer.request])
+                    yield row, _part_of(items[row], answer, run, row)
         self.last_run = run
-        scores, outputs = [], []
-        for row, item in enumerate(items):
-            answer = answers[int(first[row])]
-            if isinstance(item, tuple):
-                outputs.append(completion_of(answer, 0))
-            elif answer.error is not None or isinstance(item, str):
-                scores.append(Score.failed(answer.error or str(item)))
-            else:
-                scores.append(Score(tuple(item.tokens[item.first :]), *run.score(row)))
-        return scores, outputs
 
     @property
     def max_length(self) -> int:
@@ -232,6 +229,15 @@ class LLM:
     def _check_needs_no_tokenizer(self, prompts: PromptTable) -> None:
         if self._tokenizer is None and any(params.bad_words or params.structure for params in prompts.params):
             raise ValueError("bad_words, choice, regex, json_schema and grammar need a tokenizer")
+
+
+def _part_of(item: Item, answer: RequestResult, run: TableRun, row: int) -> Score | CompletionOutput:
+    """What came of an item, which is a row of the run."""
+    if isinstance(item, tuple):
+        return completion_of(answer, 0)
+    if answer.error is not None or isinstance(item, str):
+        return Score.failed(answer.error or str(item))
+    return Score(tuple(item.tokens[item.first :]), *run.score(row))
 
 
 def _device(name: str) -> str:
