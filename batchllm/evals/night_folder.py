@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from batchllm.durable import WriteFailed, check_writable, make_folder, sync_folder, write_bytes, writing
+from batchllm.durable import check_writable, make_folder, sync_folder, write_bytes, writing
 from batchllm.errors import OutputError
 
 _LAST = "scores.parquet"  # an evaluation without it is not finished
@@ -48,7 +48,7 @@ def write_night(path: Path, files: Mapping[str, bytes]) -> None:
             else:
                 os.replace(scratch, path)
             sync_folder(path.parent)
-    except WriteFailed:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
