@@ -68,3 +68,11 @@ def test_nothing_is_left_of_a_complete_evaluation(tmp_path: Path) -> None:
     store.add(store.take([[([1], GREEDY)]])[0][0], "text")
     store.remove()
     assert list((tmp_path / "nights").iterdir()) == []
+
+
+def test_an_answer_is_there_for_others_as_soon_as_it_is_added(tmp_path: Path) -> None:
+    """So it survives a process that is killed."""
+    request: list[list[Item]] = [[([1], GREEDY)]]
+    store = KeptAnswers(tmp_path, b"model")
+    store.add(store.take(request)[0][0], "text")
+    assert KeptAnswers(tmp_path, b"model").take(request)[1] == ["text"]
