@@ -8,14 +8,14 @@ only if it has a chunk that lacks a context; what all its chunks need is taken f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
-from batchllm.chunk_reuse import identity_of
+from batchllm.chunk_reuse import identity_of, refuse_gpu
 from batchllm.chunkcache.codecs import Codec, codec_named
 from batchllm.chunkcache.identity import chunk_context, chunk_key
 from batchllm.chunkcache.key_rotation import KeyRotation, find_rotation
@@ -26,12 +26,19 @@ from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
+from batchllm.execution import load_checked_model
+from batchllm.executor.device import Placement, choose_device, this_machine
+from batchllm.executor.gate import LengthLimit
+from batchllm.executor.generation_config import load_generation_config
 from batchllm.executor.model import ModelRunner
+from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
+from batchllm.executor.quantize import check_quantization
 from batchllm.job import JobSpec
 from batchllm.limits import ModelLimits, usable
 from batchllm.report.progress import Progress
 from batchllm.report.sizes import size_text
+from batchllm.report.stopwatch import Stopwatch
 
 _MOST_PENDING_BYTES = 1 << 30  # KV of chunks whose other contexts have not come yet
 
@@ -68,41 +75,53 @@ def precompute_job(job: JobSpec, *, quiet: bool = False) -> PrecomputeSummary:
     if job.chunks is None:
         raise JobError(f"{job.source}: precompute needs a section chunks with column and store")
     progress = Progress(quiet=quiet)
-    check_model_folder(job.model.path, job.model.trust_remote_code)
-    tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
-    data = open_input(job.input, job.source)
-    validate_columns(job, data.schema)
-    with ExitStack() as stack:
-        work = Path(stack.enter_context(TemporaryDirectory()))
-        stage = stack.enter_context(progress.stage("tokenizing", data.num_rows))
-        rows = load_rows(job, data, tokenizer, work, stage)
-        model = _load_model(job)
-        assert rows.chunks is not None
-        limits = ModelLimits.of(model.config, model.limit, model.model.generation_config, tokenizer)
-        prompts = usable(rows.prompts, limits, tokenizer)
-        limit = job.chunks.store_limit
-        store = ChunkStore(
+    config, limit, placement = _check_model(job)
+    if placement.note:
+        progress.note(placement.note)
+    with TemporaryDirectory() as work:
+        prompts, chunks = _load_prompts(job, config, limit, Path(work), progress)
+        model = load_checked_model(job, Stopwatch(), placement).model
+        most = job.chunks.store_limit
+        with ChunkStore(
             job.chunks.store,
             identity_of(job, model),
             write=True,
-            limit=limit if isinstance(limit, int) else None,
-        )
-        with store:
+            limit=most if isinstance(most, int) else None,
+        ) as store:
             codec = codec_named(job.chunks.codec, model.dtype)
             variants, contexts = job.chunks.variants, job.chunks.contexts
-            summary = Precompute(model, store, codec, prompts, rows.chunks, variants, contexts).run(progress)
+            summary = Precompute(model, store, codec, prompts, chunks, variants, contexts).run(progress)
             for problem in store.problems:
                 progress.note(problem)
             summary.store_bytes = store.used_bytes()
     return summary
 
 
-def _load_model(job: JobSpec) -> ModelRunner:
-    from batchllm.execution import load_checked_model
-    from batchllm.executor.device import Placement
-    from batchllm.report.stopwatch import Stopwatch
+def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None, Placement]:
+    """What a run with these chunks would refuse is refused here too."""
+    check_model_folder(job.model.path, job.model.trust_remote_code)
+    if job.model.quantize:
+        check_quantization(job.model.quantize)
+    config, limit = load_config(job.model.path, job.model.trust_remote_code)
+    size = weight_bytes(config, job.model.dtype)
+    placement = choose_device(job.engine.device, size, this_machine())
+    refuse_gpu(job, placement)
+    return config, limit, placement
 
-    return load_checked_model(job, Stopwatch(), Placement()).model
+
+def _load_prompts(
+    job: JobSpec, config: Any, limit: LengthLimit | None, work_dir: Path, progress: Progress
+) -> tuple[PromptTable, ChunkTable]:
+    """Faults are those that a run would give the rows for their prompts."""
+    tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
+    data = open_input(job.input, job.source)
+    validate_columns(job, data.schema)
+    with progress.stage("tokenizing", data.num_rows) as stage:
+        rows = load_rows(job, data, tokenizer, work_dir, stage)
+    assert rows.chunks is not None
+    generation = load_generation_config(job.model.path, config)
+    limits = ModelLimits.of(config, limit, generation, tokenizer)
+    return usable(rows.prompts, limits, tokenizer), rows.chunks
 
 
 class Precompute:

@@ -29,6 +29,8 @@ from batchllm.chunkcache.rules import (
 from batchllm.chunkcache.store import ChunkStore
 from batchllm.chunkcache.stored_chunks import StoredChunks, placed_part
 from batchllm.core import ChunkTable, Plan, PromptTable
+from batchllm.errors import JobError
+from batchllm.executor.device import Placement
 from batchllm.executor.model import ModelRunner
 from batchllm.job import ChunksSpec, JobSpec
 
@@ -41,6 +43,14 @@ _SAMPLED_NODES = 500  # from which Cache-Craft's strength is found
 def identity_of(job: JobSpec, model: ModelRunner) -> bytes:
     """What chunks of this job's model are stored under: another model, format or quantisation never matches."""
     return model_identity(job.model.path, f"{model.dtype}/{job.model.quantize or ''}")
+
+
+def refuse_gpu(job: JobSpec, placement: Placement) -> None:
+    """Raises JobError where a job's chunks would be on a GPU."""
+    if placement.gpu is not None:
+        raise JobError(
+            f"{job.source}: chunks: stored chunks are reused on the CPU only; set engine.device to cpu"
+        )
 
 
 def host_bytes(spec: ChunksSpec) -> int:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batchllm import exit_codes
+
 if TYPE_CHECKING:
     from batchllm.chunkcache.catalog import ChunkName
     from batchllm.chunkcache.store import ChunkStore
 
 # The store is imported where it is used: help and wrong arguments must not wait for it.
 
-EXIT_OK, EXIT_SOME_FAILED = 0, 3
 _ANY_MODEL = bytes(16)
 _DAY = 86_400.0
 
@@ -43,7 +44,7 @@ def list_chunks(store: Path, every: bool, as_json: bool) -> int:
 
         click.echo(f"{len(found):,} stored chunks, {size_text(found.used_bytes())}")
     _print_problems(found.problems)
-    return EXIT_OK
+    return exit_codes.OK
 
 
 @chunks.command()
@@ -63,7 +64,7 @@ def verify(store: Path, remove: bool) -> int:
         _print_problems(found.problems)
     what = "removed" if remove else "damaged; --remove takes them out"
     click.echo(f"{good:,} chunks are good" + (f", {len(bad):,} {what}" if bad else ""))
-    return EXIT_SOME_FAILED if bad else EXIT_OK
+    return exit_codes.SOME_FAILED if bad else exit_codes.OK
 
 
 @chunks.command()
@@ -71,7 +72,12 @@ def verify(store: Path, remove: bool) -> int:
 @click.option(
     "--limit", metavar="SIZE", help="Remove the least recently used until at most this much is left."
 )
-@click.option("--unused-for", type=float, metavar="DAYS", help="Remove what was not used for so many days.")
+@click.option(
+    "--unused-for",
+    type=click.FloatRange(min=0),
+    metavar="DAYS",
+    help="Remove what was not used for so many days.",
+)
 @click.option("--model", metavar="ID", help="Remove the chunks of this model; `ls` shows the ids.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def prune(store: Path, limit: str | None, unused_for: float | None, model: str | None, dry_run: bool) -> int:
@@ -81,14 +87,18 @@ def prune(store: Path, limit: str | None, unused_for: float | None, model: str |
 
     if limit is None and unused_for is None and model is None:
         raise click.UsageError("say what to remove: --limit, --unused-for or --model")
+    if model == "":
+        raise click.BadParameter(
+            "must not be empty; `batchllm chunks ls` shows the ids", param_hint="--model"
+        )
     most = _parsed_size(limit)
     with _opened(store, write=not dry_run) as found:
         oldest = time.time() - unused_for * _DAY if unused_for is not None else float("-inf")
+        of_model = None if model is None else _model_named(found, model)
         unwanted = [
             chunk.name
             for chunk in found
-            if (model is not None and chunk.model.hex().startswith(model.lower()))
-            or last_use(found.folder.chunk(chunk.name)) < oldest
+            if chunk.model == of_model or last_use(found.folder.chunk(chunk.name)) < oldest
         ]
         before, number_before = found.used_bytes(), len(found)
         if dry_run:
@@ -97,7 +107,7 @@ def prune(store: Path, limit: str | None, unused_for: float | None, model: str |
         if most is not None:
             found.shrink(most)
         click.echo(f"removed {number_before - len(found):,} chunks, {size_text(before - found.used_bytes())}")
-    return EXIT_OK
+    return exit_codes.OK
 
 
 def _opened(store: Path, write: bool = False) -> ChunkStore:
@@ -106,6 +116,21 @@ def _opened(store: Path, write: bool = False) -> ChunkStore:
     from batchllm.chunkcache.store_folder import StoreFolder
 
     return ChunkStore(store, _ANY_MODEL, write=write and StoreFolder(store).is_store())
+
+
+def _model_named(found: ChunkStore, name: str) -> bytes:
+    """The one model whose id begins so. Raises BadParameter."""
+    models = {chunk.model for chunk in found if chunk.model.hex().startswith(name.lower())}
+    if len(models) == 1:
+        return models.pop()
+    problem = (
+        f"the ids of {len(models)} models begin with it; give more of one"
+        if models
+        else "no model has this id"
+    )
+    raise click.BadParameter(
+        f"{name}: {problem}; `batchllm chunks ls {found.folder.path}` shows them", param_hint="--model"
+    )
 
 
 def _say_what_would_go(found: ChunkStore, unwanted: list[ChunkName], most: int | None) -> int:
@@ -121,7 +146,7 @@ def _say_what_would_go(found: ChunkStore, unwanted: list[ChunkName], most: int |
             going.add(name)
             left -= size[name]
     click.echo(f"would remove {len(going):,} chunks, {size_text(sum(size[name] for name in going))}")
-    return EXIT_OK
+    return exit_codes.OK
 
 
 def _by_model(found: ChunkStore) -> list[dict[str, Any]]:

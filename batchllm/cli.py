@@ -1,8 +1,4 @@
-"""The `batchllm` command. Thin: it reads arguments, calls the pipeline and turns what happens into an exit code.
-
-0 every row answered    3 finished, some rows failed    2 job file or arguments wrong, nothing written
-4 an evaluation is worse than the night before    130 interrupted, what is finished is kept    1 a fault of ours
-"""
+"""The `batchllm` command. Thin: it reads arguments, calls the pipeline and turns what happens into an exit code."""
 
 from __future__ import annotations
 
@@ -14,14 +10,21 @@ from types import FrameType
 
 import click
 
+from batchllm import exit_codes
 from batchllm.chunks_cli import chunks
 from batchllm.collection import hold_collection, resume_collection
 from batchllm.openai_batch.commands import convert_batch, run_batch
 
 # Everything else is imported where it is used: help and wrong arguments must not wait for torch.
 
-EXIT_OK, EXIT_FAULT, EXIT_USER, EXIT_FAILED_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-_INTERRUPTED = "interrupted; run the same command again to go on"
+_GOES_ON = "run the same command again to go on"
+_AFTER_INTERRUPTION = {
+    **dict.fromkeys(("run", "run-batch", "eval"), _GOES_ON),
+    "precompute": "run the same command again to add what is missing",
+    "plan": "nothing was written",
+    "convert-batch": "nothing was written",
+    "chunks": "the store can be used as it is",
+}
 
 
 def _print_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
@@ -77,8 +80,6 @@ def run(job: str, overrides: Sequence[str], overwrite: bool, limit: int | None, 
     summary = run_job(spec, overwrite=overwrite, quiet=quiet)
     if not quiet:
         click.echo(summary.text)
-    if summary.exit_code == EXIT_INTERRUPTED:
-        click.echo(_INTERRUPTED, err=True)
     return summary.exit_code
 
 
@@ -121,7 +122,7 @@ def plan(
 
     report = explain_job(spec, hardware, workers, quiet=quiet)
     click.echo(plan_json(report) if as_json else plan_text(report))
-    return EXIT_OK
+    return exit_codes.OK
 
 
 @cli.command("eval")
@@ -143,8 +144,7 @@ def evaluate(job: str, overrides: Sequence[str], previous: str | None, overwrite
         raise JobError("batchllm eval needs lm-evaluation-harness: pip install 'batchllm-engine[eval]'")
     from batchllm.evals.eval_job import load_eval_job
 
-    chosen = [] if previous is None else [f"compare.previous={previous}"]
-    spec = load_eval_job(job, [*overrides, *chosen])
+    spec = load_eval_job(job, overrides, previous)
 
     from batchllm.evals.nightly import run_eval
 
@@ -174,7 +174,7 @@ def precompute(job: str, overrides: Sequence[str], limit: int | None, quiet: boo
     summary = precompute_job(spec, quiet=quiet)
     if not quiet:
         click.echo(summary.text)
-    return EXIT_FAILED_ROWS if summary.faulty_rows else EXIT_OK
+    return exit_codes.SOME_FAILED if summary.faulty_rows else exit_codes.OK
 
 
 cli.add_command(chunks)
@@ -193,26 +193,36 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     from batchllm.errors import UserError
 
     try:
-        code = cli.main(args=arguments, prog_name="batchllm", standalone_mode=False)
-        return code if isinstance(code, int) else EXIT_OK
+        found = cli.main(args=arguments, prog_name="batchllm", standalone_mode=False)
+        code = found if isinstance(found, int) else exit_codes.OK
+        if code == exit_codes.INTERRUPTED:
+            _say_interrupted(arguments)
+        return code
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except WriteFailed as error:  # in the middle of a run: what was finished before stays
         click.echo(f"error: {error}", err=True)
-        return EXIT_FAULT
+        return exit_codes.FAULT
     except UserError as error:
         click.echo(f"error: {error}", err=True)
-        return EXIT_USER
+        return exit_codes.USER_ERROR
     except (KeyboardInterrupt, click.Abort):
-        click.echo(_INTERRUPTED, err=True)
-        return EXIT_INTERRUPTED
+        _say_interrupted(arguments)
+        return exit_codes.INTERRUPTED
     except Exception as error:
         traceback.print_exc()
         click.echo(f"error: a fault in batchllm, not in your job: {error or type(error).__name__}", err=True)
-        return EXIT_FAULT
+        return exit_codes.FAULT
     finally:
         resume_collection()
+
+
+def _say_interrupted(arguments: Sequence[str] | None) -> None:
+    """And what of it is kept, which the command decides: the first argument that is no option of `batchllm` itself."""
+    given = sys.argv[1:] if arguments is None else arguments
+    command = next((argument for argument in given if not argument.startswith("-")), "")
+    click.echo("; ".join(filter(None, ("interrupted", _AFTER_INTERRUPTION.get(command)))), err=True)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

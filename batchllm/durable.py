@@ -29,9 +29,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteFailed(
-            cannot_be_written(path, error, "rows already in finished parts are kept")
-        ) from error
+        raise WriteFailed(cannot_be_written(path, error, "what was finished before is kept")) from error
 
 
 def cannot_be_written(path: Path | str, error: OSError, kept: str) -> str:
@@ -61,18 +59,34 @@ def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
 
     Not `durable`: faster, and a power cut may leave the file empty or old, which its readers must bear.
     """
+    with replacing(path, durable) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """The name to write a file under. Whole, it takes the place of `path`; after an error nothing does."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path):
-            temporary.write_bytes(data)
+            yield temporary
             if not durable:
                 os.replace(temporary, path)
-                return
-        replace_durably(temporary, path)
-    except WriteFailed:
+        if durable:
+            replace_durably(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OutputError where this user may not write into a folder, or make it. Writes nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: cannot be written, because this user may not write to {existing}")
 
 
 def write_json(path: Path, value: Mapping[str, Any], durable: bool = True) -> None:

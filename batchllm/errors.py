@@ -25,3 +25,8 @@ class OutputError(UserError):
 
 class ArgumentError(UserError, ValueError):
     """An argument of the Python API is wrong."""
+
+
+def first_line(error: BaseException) -> str:
+    """The message of a library's error, which may go on for many lines, in one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

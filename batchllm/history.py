@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchllm.core import IntArray, SamplingParams
-from batchllm.errors import JobError
+from batchllm.errors import JobError, first_line
 from batchllm.planner.length_groups import NO_GROUP
 from batchllm.planner.lengths import LengthEstimator
 
@@ -44,9 +44,8 @@ def past_lengths(
     try:
         found = [_read(path, id_column, ids) for path in sorted(history.glob("*.parquet"))]
     except (OSError, KeyError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise JobError(
-            f"{where} does not hold the answers of an earlier run ({reason}); give its output.path"
+            f"{where} does not hold the answers of an earlier run ({first_line(error)}); give its output.path"
         ) from None
     if not sum(len(part.tokens) for part in found):
         raise JobError(f"{where} holds no answers; give the output.path of a run that has finished")

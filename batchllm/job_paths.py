@@ -15,7 +15,7 @@ def is_url(path: str) -> bool:
 
 def input_path(path: str, base_dir: Path) -> str:
     """Files, folders and globs become absolute; URLs stay as they are. Nothing is looked up yet."""
-    return path if is_url(path) else _absolute(path, base_dir)
+    return path if is_url(path) else absolute_path(path, base_dir)
 
 
 def output_path(path: Path, base_dir: Path) -> Path:
@@ -23,7 +23,7 @@ def output_path(path: Path, base_dir: Path) -> Path:
     # Path() has turned the `//` of a URL into one `/`.
     if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:/", str(path)):
         raise ValueError("must be a local folder; copy the results to a URL when the job is done")
-    absolute = Path(_absolute(str(path), base_dir))
+    absolute = Path(absolute_path(str(path), base_dir))
     if absolute.exists() and not absolute.is_dir():
         raise ValueError(f"must be a folder, and `{absolute}` is a file")
     return absolute
@@ -31,15 +31,23 @@ def output_path(path: Path, base_dir: Path) -> Path:
 
 def history_path(path: Path, base_dir: Path) -> Path:
     """An existing local folder."""
-    absolute = Path(_absolute(str(path), base_dir))
+    absolute = Path(absolute_path(str(path), base_dir))
     if not absolute.is_dir():
         raise ValueError(f"must be the output folder of an earlier run, and there is no folder `{absolute}`")
     return absolute
 
 
+def folder_path(path: Path, base_dir: Path) -> Path:
+    """An existing local folder."""
+    absolute = Path(absolute_path(str(path), base_dir))
+    if not absolute.is_dir():
+        raise ValueError(f"must be a folder, and there is no folder `{absolute}`")
+    return absolute
+
+
 def model_path(path: str, base_dir: Path) -> str:
     """An existing folder becomes absolute; what can be `model` or `owner/model` on the hub stays as it is."""
-    absolute = _absolute(path, base_dir)
+    absolute = absolute_path(path, base_dir)
     if os.path.isdir(absolute):
         return absolute
     if os.path.exists(absolute):
@@ -50,5 +58,6 @@ def model_path(path: str, base_dir: Path) -> str:
     return path
 
 
-def _absolute(path: str, base_dir: Path) -> str:
+def absolute_path(path: str, base_dir: Path) -> str:
+    """`~` is the user's home."""
     return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))

@@ -8,7 +8,7 @@ and prompts are reordered and share prefixes over the whole list.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,10 +43,11 @@ from batchllm.llm_outputs import CompletionOutput, OutputMaker, RequestOutput, t
 from batchllm.llm_params import OF_MODEL, SamplingParams, params_of_model
 from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
-from batchllm.scoring import Score, TokenSpan, encode_all, mixed_table, pair_spans, windows
+from batchllm.scoring import Item, Score, TokenSpan, encode_all, mixed_table, pair_spans, windows
 from batchllm.scoring import prefix_token as first_token
 from batchllm.table_run import RunOptions, TableRun
 
+ItemOfCall = TokenSpan | tuple[Sequence[int], core.SamplingParams | SamplingParams] | str
 ParamsOfCall = (
     SamplingParams | Sequence[SamplingParams] | core.SamplingParams | Sequence[core.SamplingParams] | None
 )
@@ -232,34 +233,41 @@ class LLM:
         return [Score.joined([next(flat) for _ in row]) for row in spans]
 
     def score_and_generate(
-        self,
-        items: Sequence[TokenSpan | tuple[Sequence[int], core.SamplingParams | SamplingParams] | str],
-        use_tqdm: bool = True,
+        self, items: Sequence[ItemOfCall], use_tqdm: bool = True
     ) -> tuple[list[Score], list[CompletionOutput]]:
         """Texts to score and prompts to continue, planned together and run once; an item that is text is the reason
         why there is none. Scores of the spans (and reasons) in order, first answers of the prompts in order."""
+        found = dict(self.score_and_generate_each(items, use_tqdm))
+        in_order = [found[number] for number in range(len(items))]
+        scores = [part for part in in_order if isinstance(part, Score)]
+        return scores, [part for part in in_order if isinstance(part, CompletionOutput)]
+
+    def score_and_generate_each(
+        self, items: Sequence[ItemOfCall], use_tqdm: bool = True
+    ) -> Iterator[tuple[int, Score | CompletionOutput]]:
+        """The same, as (number of the item, what came of it), each as soon as it is known."""
         table, scored = mixed_table(self._with_params(items), self._exact_length, self._model.vocab_size)
         self._check_needs_no_tokenizer(table)
         prompts = usable(table, self._limits, self._tokenizer, scored.first >= 0)
         requests = make_requests(prompts, None, b"")
-        first = np.searchsorted(requests.row, np.arange(len(items)))
-        answers: dict[int, RequestResult] = {}
         run = TableRun(self._model, self._tokenizer, prompts, requests, self._run_options, scored, self.trace)
         with Progress(quiet=not use_tqdm).stage("running", len(requests)) as stage:
-            for answer in run.results():
-                answers[answer.request] = answer
-                run.show(stage, len(answers))
+            for known, answer in enumerate(run.results(), start=1):
+                run.show(stage, known)
+                if requests.sample[answer.request] == 0:
+                    row = int(requests.row[answer.request])
+                    yield row, self._part_of(items[row], answer, run, row)
         self.last_run = run
-        scores, outputs = [], []
-        for row, item in enumerate(items):
-            answer = answers[int(first[row])]
-            if isinstance(item, tuple):
-                outputs.append(self._outputs.completion(answer, 0))
-            elif answer.error is not None or isinstance(item, str):
-                scores.append(Score.failed(answer.error or str(item)))
-            else:
-                scores.append(Score(tuple(item.tokens[item.first :]), *run.score(row)))
-        return scores, outputs
+
+    def _part_of(
+        self, item: ItemOfCall, answer: RequestResult, run: TableRun, row: int
+    ) -> Score | CompletionOutput:
+        """What came of an item, which is a row of the run."""
+        if isinstance(item, tuple):
+            return self._outputs.completion(answer, 0)
+        if answer.error is not None or isinstance(item, str):
+            return Score.failed(answer.error or str(item))
+        return Score(tuple(item.tokens[item.first :]), *run.score(row))
 
     @property
     def max_length(self) -> int:
@@ -316,9 +324,7 @@ class LLM:
             )
         return given.resolved(seed=seed, max_tokens=self._length or 1)
 
-    def _with_params(
-        self, items: Sequence[TokenSpan | tuple[Sequence[int], core.SamplingParams | SamplingParams] | str]
-    ) -> list[TokenSpan | tuple[Sequence[int], core.SamplingParams] | str]:
+    def _with_params(self, items: Sequence[ItemOfCall]) -> list[Item]:
         given = [item[1] for item in items if isinstance(item, tuple)]
         resolved = iter(self._params(given) if given else [])  # type: ignore[arg-type]
         return [(item[0], next(resolved)) if isinstance(item, tuple) else item for item in items]

@@ -25,6 +25,11 @@ class TokenSpan:
     first: int
 
 
+Item = (
+    TokenSpan | tuple[Sequence[int], SamplingParams] | str
+)  # to be scored; to be continued; why neither can be
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """Log-probabilities (natural) of the scored tokens of a text, each given everything before it."""
@@ -159,9 +164,7 @@ def windows(tokens: Sequence[int], prefix: int, max_length: int) -> list[TokenSp
 
 
 def mixed_table(
-    items: Sequence[TokenSpan | tuple[Sequence[int], SamplingParams] | str],
-    max_length: int | None,
-    vocabulary: int,
+    items: Sequence[Item], max_length: int | None, vocabulary: int
 ) -> tuple[PromptTable, ScoreTable]:
     """One table of texts to score, prompts to continue, and rows with the reason why they have neither."""
     params: dict[SamplingParams, int] = {}

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from batchllm.chunkcache import store as store_module
-from tests.jobs import exit_code_of, read_metrics, read_output, texts
+from batchllm.executor.device import Gpu, Machine
+from tests.jobs import exit_code_of, read_metrics, read_output, save_model, texts
 from tests.test_chunks_run import PASSAGES, ROWS, copied, plain_answers, precompute, rag_job, rag_rows, run
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -175,14 +177,47 @@ def test_a_store_of_another_model_and_format_can_hold_this_one_s_chunks_too(
     assert len(ROWS) == read_metrics(tmp_path / "job" / "out")["rows_ok"]
 
 
-def test_rows_that_a_run_refuses_are_not_precomputed(tmp_path: Path, model_folder: Path, capfd: Any):
-    """Here for a token that only the tokenizer knows."""
-    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+def test_tokens_that_the_model_does_not_know_cost_their_row(tmp_path: Path, capfd: Any):
+    """A tokenizer with more tokens than the model has embeddings."""
+    model = save_model(tmp_path / "model")
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<<new>>"])
     tokenizer.save_pretrained(model)
-    rows = rag_rows([[0, 1], [1, 2]])
-    rows[1]["question"] = "a <<new>> word"
-    job = rag_job(tmp_path / "job", model, rows)
+    rows = [*rag_rows([[0, 1]]), {"id": "new", "passages": ["a <<new>> word"], "question": "what?"}]
+    job = rag_job(tmp_path, model, rows)
     assert exit_code_of("precompute", job) == 3
-    assert "1 rows were left out; the first: row 1: the prompt has the token id 262" in capfd.readouterr().out
+    assert "row 1: the prompt has the token id 262; the model knows 262 tokens" in capfd.readouterr().out
+    assert run(job) == 3
+    assert read_output(tmp_path / "out")["error"].null_count() == 1
+
+
+GPU = Gpu("a GPU", True, 1 << 40, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "sentence"),
+    [
+        (
+            "cuda",
+            Machine(None, "torch finds no GPU"),
+            "engine.device: cuda cannot be used, for torch finds no GPU",
+        ),
+        ("cuda", Machine(GPU), "stored chunks are reused on the CPU only; set engine.device to cpu"),
+        ("auto", Machine(GPU), "stored chunks are reused on the CPU only; set engine.device to cpu"),
+    ],
+)
+def test_a_device_that_cannot_have_chunks_is_refused_by_both_commands(
+    device: str,
+    machine: Machine,
+    sentence: str,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+):
+    job = copied(prepared, tmp_path / "job")
+    monkeypatch.setattr("batchllm.executor.device.this_machine", lambda: machine)
+    monkeypatch.setattr("batchllm.chunk_precompute.this_machine", lambda: machine)
+    for command in ("precompute", "run"):
+        assert exit_code_of(command, job, "--set", f"engine.device={device}") == 2
+        assert sentence in capfd.readouterr().err

@@ -129,10 +129,52 @@ def test_a_fault_of_ours_shows_where(
     assert error.endswith("error: a fault in batchllm, not in your job: no tokens\n")
 
 
-def test_ctrl_c(job_file: str, pipeline: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline(KeyboardInterrupt())
+@pytest.mark.parametrize("outcome", [KeyboardInterrupt(), Summary(130)])
+def test_ctrl_c(outcome: Any, job_file: str, pipeline: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline(outcome)
     assert exit_code("run", job_file) == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("interrupted; run the same command again to go on\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "called", "said"),
+    [
+        (["eval", "JOB"], "batchllm.evals.eval_job.load_eval_job", "run the same command again to go on"),
+        (["plan", "JOB"], "batchllm.job.load_job", "nothing was written"),
+        (["precompute", "JOB"], "batchllm.job.load_job", "run the same command again to add what is missing"),
+        (["chunks", "ls", "store"], "batchllm.chunkcache.store.ChunkStore", "the store can be used as it is"),
+        (["convert-batch", "a", "b"], "batchllm.openai_batch.convert.convert", "nothing was written"),
+        (
+            ["run-batch", *"-i a -o b --model m".split()],
+            "batchllm.openai_batch.run.run_batch",
+            "run the same command again to go on",
+        ),
+    ],
+)
+def test_what_ctrl_c_leaves_is_said_by_command(
+    arguments: list[str],
+    called: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if arguments[0] == "eval":
+        pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(called, interrupted)
+    assert exit_code(*arguments) == 130
+    assert capsys.readouterr().err.strip() == f"interrupted; {said}"
+
+
+def test_a_batch_that_was_interrupted_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("batchllm.openai_batch.run.run_batch", lambda *_, **__: 130)
+    assert exit_code("run-batch", *"-i a -o b --model m".split()) == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
 
 
 @pytest.mark.parametrize(

@@ -363,3 +363,91 @@ def test_wrong_files_are_named(
     assert exit_code_of(*arguments) == 2
     assert words in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+RESPONSE = {"custom_id": "a", "response": None, "error": {"message": "no"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert-batch", "in.jsonl", "no/rows.parquet"], "no/rows.parquet: the folder"),
+        (["convert-batch", "in.jsonl", "folder.parquet"], "is a folder; the target must name a file"),
+        (["convert-batch", "broken.parquet", "out.jsonl"], "broken.parquet: cannot be read as Parquet"),
+        (["convert-batch", "bytes.jsonl", "out.parquet"], "bytes.jsonl: line 2 is no line of a batch output"),
+    ],
+)
+def test_files_that_cannot_be_converted_are_named(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.parquet").mkdir()
+    Path("in.jsonl").write_text(json.dumps(request("a")))
+    Path("bytes.jsonl").write_bytes(json.dumps(RESPONSE).encode() + b"\n\xff\n")
+    rows = pl.DataFrame({"custom_id": ["a"], "prompt": ["Once " * 999]})
+    rows.write_parquet("whole.parquet", compression="uncompressed")
+    raw = Path("whole.parquet").read_bytes()
+    Path("broken.parquet").write_bytes(raw[:4] + bytes(200) + raw[204:])
+    before = sorted(tmp_path.iterdir())
+    assert exit_code_of(*arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("refused", ["source", "target"])
+@pytest.mark.parametrize("command", ["convert-batch", "run-batch"])
+def test_no_permission_is_one_sentence(
+    command: str,
+    refused: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out" / "rows.parquet"
+    source.write_text(json.dumps(request("a")))
+    target.parent.mkdir()
+    if refused == "target":
+        monkeypatch.setattr("batchllm.durable.os.access", lambda path, mode: Path(path) != target.parent)
+    else:
+        monkeypatch.setattr(Path, "open", refusal(Path.open, source))
+    files = [source, target] if command == "convert-batch" else ["-i", source, "-o", target, "--model", "x"]
+    assert exit_code_of(command, *files) == 2
+    said = capsys.readouterr().err
+    assert f"{source}: cannot be read (" in said or "cannot be written, because this user may not" in said
+    assert "Traceback" not in said
+    assert list(target.parent.iterdir()) == []
+
+
+def refusal(open_file: Any, refused: Path) -> Any:
+    def opened(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == refused:
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, *arguments, **options)
+
+    return opened
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "back.jsonl"])
+def test_a_conversion_that_fails_leaves_what_was_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, table, target = tmp_path / "in.jsonl", tmp_path / "table.parquet", tmp_path / "out" / name
+    source.write_text(json.dumps(request("a")))
+    assert exit_code_of("convert-batch", source, table) == 0
+    target.parent.mkdir()
+    target.write_text("of before")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batchllm.durable.sync_file", full)
+        assert exit_code_of("convert-batch", source if name == "rows.parquet" else table, target) == 1
+    said = capsys.readouterr().err
+    assert f"{target}: cannot be written (No space left on device)" in said and "Traceback" not in said
+    assert target.read_text() == "of before" and list(target.parent.iterdir()) == [target]

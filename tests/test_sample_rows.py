@@ -117,6 +117,15 @@ def test_killed_at_any_moment_every_row_is_answered_once(model_folder: Path, tmp
     assert read_output(out)["id"].to_list() == [f"row-{row}" for row in range(ROWS) for _ in range(2)]
 
 
+def test_overwrite_leaves_no_plan_of_a_sample(model_folder: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, model_folder, questions(20), generate=GENERATE)
+    run(job, *SAMPLE)
+    left = tmp_path / "out" / "_run" / "plan-sample.parquet"
+    assert left.exists()
+    run(job, "--overwrite")
+    assert not left.exists()
+
+
 def test_a_sample_of_all_rows_is_no_sample(model_folder: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path, model_folder, questions(6), generate=GENERATE, plan={"sample_rows": 6})
     assert len(run(job)) == 6

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from batchllm.core import PromptTable, RequestResult, RequestTable
 from batchllm.dataset.columns import Columns, Logprobs
-from batchllm.dataset.folder import check_writable
 from batchllm.dataset.keys import content_keys, match_keys
 from batchllm.dataset.prompt_columns import prompt_logprobs_of
-from batchllm.durable import sync_file
+from batchllm.durable import check_writable, sync_file
 from batchllm.errors import OutputError
 
 _KEY = pa.field("key", pa.binary(16))

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from batchllm.dataset.files import first_line
 from batchllm.dataset.rows import RowFault
+from batchllm.errors import first_line
 from batchllm.suggest import nearest
 
 # Arguments that every template has: those that choose or cut the template, and how it ends.

@@ -9,10 +9,10 @@ from typing import Any
 
 from batchllm.dataset.chunk_marks import Span
 from batchllm.dataset.chunk_spans import chunk_tokens
-from batchllm.dataset.files import first_line
 from batchllm.dataset.line_encoder import line_encoder
 from batchllm.dataset.prompts import Prompt
 from batchllm.dataset.rows import RowFault
+from batchllm.errors import first_line
 
 # Long prompts go to the tokenizer in smaller batches: ids come back as Python lists, 8 bytes a token and more.
 _CALL_CHARACTERS = 8_000_000

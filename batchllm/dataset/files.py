@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from batchllm.errors import InputError
+from batchllm.errors import InputError, first_line
 from batchllm.job_paths import is_url
 from batchllm.suggest import nearest
 
@@ -60,11 +60,6 @@ def find_files(path: str, format: str, without: Collection[Path] = ()) -> InputF
         )
     name, chosen = _format_of(paths, format, path)
     return InputFiles(filesystem, tuple(chosen), name, base)
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an error, which may go on for many lines, in one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _filesystem(path: str) -> tuple[fs.FileSystem, str]:

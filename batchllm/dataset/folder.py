@@ -12,7 +12,6 @@ Readers that scan OUT skip `_run` for its underscore.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,11 @@ from batchllm.dataset.parts import (
     parquet_files,
     read_mark,
 )
-from batchllm.durable import sync_folder, writing
+from batchllm.durable import check_writable, sync_folder, writing
 from batchllm.errors import OutputError
 
 MANIFEST_FORMAT = 1
-_FILES_OF_A_RUN = ("manifest.json", "job.yaml", "metrics.json", "plan.parquet", "report.html")
+_FILES_OF_A_RUN = ("manifest.json", "job.yaml", "metrics.json", "plan.parquet", "plan-sample.parquet")
 _FOLDERS_OF_A_RUN = ("scratch", "final", "superseded")
 
 
@@ -93,15 +92,6 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
-
-
-def check_writable(path: Path) -> None:
-    """Raises OutputError where this user can neither write into the folder nor make it. Writes nothing."""
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: cannot be written, because this user may not write to {existing}")
 
 
 def _whose_parts(folder: Folder) -> tuple[list[Path], list[Path]]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from batchllm.dataset.files import InputFiles, first_line
-from batchllm.errors import InputError
+from batchllm.dataset.files import InputFiles
+from batchllm.errors import InputError, first_line
 
 _BUFFER_BYTES = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from batchllm.dataset.files import InputFiles, first_line
+from batchllm.dataset.files import InputFiles
 from batchllm.dataset.rows import RowBatch, RowFault, no_columns
-from batchllm.errors import InputError
+from batchllm.errors import InputError, first_line
 
 _READ_BYTES = 1 << 20
 

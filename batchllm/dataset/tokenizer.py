@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchllm.errors import ModelError
+from batchllm.errors import ModelError, first_line
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
@@ -14,8 +14,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model.path: {path} has no tokenizer that can be loaded ({reason}); save the model's tokenizer into it "
-            f"with tokenizer.save_pretrained."
+            f"model.path: {path} has no tokenizer that can be loaded ({first_line(error)}); "
+            "save the model's tokenizer into it with tokenizer.save_pretrained."
         ) from None

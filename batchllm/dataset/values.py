@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchllm.dataset.files import first_line
 from batchllm.dataset.rows import RowFault
+from batchllm.errors import first_line
 
 
 def is_text(type_: pa.DataType) -> bool:

@@ -9,10 +9,13 @@ import numpy as np
 import polars as pl
 from scipy.stats import binomtest, permutation_test
 
+from batchllm.errors import JobError, first_line
 from batchllm.evals.eval_job import CompareSpec
 from batchllm.evals.samples import PAIR
 
 _RESAMPLES = 9_999
+_SCORE_COLUMNS = ["task", "metric", "filter", "score"]
+_SAMPLE_COLUMNS = [*PAIR, "doc_hash", "value", "output", "answers"]
 CHANGES = {
     "task": pl.String,
     "metric": pl.String,
@@ -30,6 +33,15 @@ CHANGES = {
 
 
 @dataclass(frozen=True)
+class Night:
+    """A finished evaluation, as far as another one is compared with it."""
+
+    path: Path
+    scores: pl.DataFrame
+    samples: pl.DataFrame
+
+
+@dataclass(frozen=True)
 class Comparison:
     """`flips`: every document whose value changed, with the outputs of both nights."""
 
@@ -44,19 +56,33 @@ class Comparison:
 
 def previous_night(output: Path) -> Path | None:
     """The folder beside `output` that was finished last, `output` left out."""
-    finished = [file for file in output.parent.glob("*/scores.parquet") if file.parent != output]
+    finished = [
+        file
+        for file in output.parent.glob("*/scores.parquet")
+        if file.parent != output and not file.parent.name.startswith(".")
+    ]
     return max(finished, key=lambda file: file.stat().st_mtime_ns).parent if finished else None
 
 
-def compare(scores: pl.DataFrame, samples: pl.DataFrame, previous: Path, spec: CompareSpec) -> Comparison:
-    """Scores and samples of tonight against the folder of another night."""
-    old_scores = pl.read_parquet(previous / "scores.parquet")
-    old = pl.read_parquet(previous / "samples.parquet").select(
-        *PAIR, "doc_hash", "value", "output", "answers"
-    )
+def read_night(path: Path) -> Night:
+    """Raises JobError when there is no evaluation in the folder, or not all of it."""
+    try:
+        scores = pl.read_parquet(path / "scores.parquet", columns=_SCORE_COLUMNS)
+        samples = pl.read_parquet(path / "samples.parquet", columns=_SAMPLE_COLUMNS)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise JobError(
+            f"compare.previous: {path} is no evaluation that can be read ({first_line(error)}); "
+            "name another folder, or none"
+        ) from None
+    return Night(path, scores, samples)
+
+
+def compare(scores: pl.DataFrame, samples: pl.DataFrame, previous: Night, spec: CompareSpec) -> Comparison:
+    """Scores and samples of tonight against another night."""
+    old = previous.samples
     pairs = samples.join(old, on=[*PAIR, "doc_hash"], suffix="_before", how="inner")
     both = scores.filter(pl.col("score").is_not_null()).join(
-        old_scores.select("task", "metric", "filter", "score"),
+        previous.scores,
         on=["task", "metric", "filter"],
         suffix="_before",
         how="inner",
@@ -73,7 +99,7 @@ def compare(scores: pl.DataFrame, samples: pl.DataFrame, previous: Path, spec: C
         "answers_before",
         "answers",
     )
-    return Comparison(previous, pl.DataFrame(rows, schema=CHANGES), flips)
+    return Comparison(previous.path, pl.DataFrame(rows, schema=CHANGES), flips)
 
 
 def _change(

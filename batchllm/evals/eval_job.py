@@ -9,21 +9,19 @@ compare:  {previous, max_drop, significance}
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from batchllm.errors import JobError
-from batchllm.job_errors import complaint, describe, first_error, key_path, unknown_key
-from batchllm.job_paths import model_path
+from batchllm.job_paths import absolute_path, folder_path, model_path, output_path
+from batchllm.job_reading import blame, checked, parse_overrides, read_mapping, with_absolute_paths
 from batchllm.job_sections import EngineSpec, ModelSpec, Section
-from batchllm.job_values import Flag, Limit, PathText, Text
-from batchllm.job_yaml import apply_overrides, parse_override, parse_yaml
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+from batchllm.job_values import Flag, Limit, PathText, Share, Text
 
 
 class TaskSpec(Section):
@@ -39,10 +37,10 @@ class EvalSpec(Section):
     include: Path | None = None  # a folder with YAML files of tasks
     data: Path | None = None  # the folder at which relative paths of data files start
     limit: Limit | None = None  # documents of each task
-    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    num_fewshot: Limit | None = None
     chat_template: Flag = False
     system: Text | None = None
-    seed: Annotated[int, Field(ge=0, strict=True)] = 1234
+    seed: Limit = 1234
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -74,78 +72,66 @@ class EvalJob(Section):
     compare: CompareSpec = CompareSpec()
 
 
-def load_eval_job(path: str | Path, overrides: Sequence[str] = (), today: date | None = None) -> EvalJob:
-    """Reads and checks a job file. Raises JobError of one sentence."""
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise JobError(f"{path}: there is no such job file") from None
-    except (OSError, UnicodeDecodeError) as failure:
-        raise JobError(f"{path}: the job file cannot be read: {failure}") from None
-    mapping = parse_yaml(text, str(path))
-    if not isinstance(mapping, Mapping):
-        raise JobError(f"{path}: a job file must be a mapping, found {describe(mapping)}")
-    values = apply_overrides(mapping, [parse_override(override, _TEXT_KEYS) for override in overrides])
-    try:
-        job = EvalJob.model_validate(values)
-    except ValidationError as failure:
-        complaint_of = first_error(failure.errors(include_url=False))
-        raise JobError(f"{path}: {_sentence(complaint_of)}") from None
-    return _with_absolute_paths(job, file.absolute().parent, str(path), today or date.today())
+def load_eval_job(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    previous: str | None = None,
+    today: date | None = None,
+) -> EvalJob:
+    """Reads and checks a job file. `previous`, in place of `compare.previous`, starts at the working folder.
 
+    Raises JobError of one sentence.
+    """
+    mapping = read_mapping(path, "model, eval and output")
+    given = parse_overrides(overrides, _TEXT_KEYS)
+    in_file = blame(str(path), given)
+    if previous is not None:
+        folder = previous if previous in _NO_FOLDERS else os.path.abspath(previous)
+        given = [*given, (("compare", "previous"), folder)]
 
-def _sentence(error: Any) -> str:
-    location = error["loc"]
-    if error["type"] == "extra_forbidden":
-        siblings = list(EvalJob.model_fields) if len(location) == 1 else _SECTIONS.get(str(location[0]), [])
-        return unknown_key(location, siblings, _SECTIONS)
-    if error["type"] == "missing":
-        return f"{key_path(location)} is missing"
-    return f"{key_path(location)} {complaint(error)}"
+    def where(key: str) -> str:
+        return "--previous" if previous is not None and key == "compare.previous" else in_file(key)
 
-
-def _with_absolute_paths(job: EvalJob, base: Path, source: str, today: date) -> EvalJob:
-    try:
-        model = job.model.model_copy(update={"path": model_path(job.model.path, base)})
-    except ValueError as error:
-        raise JobError(f"{source}: model.path {error}") from None
-    output = str((base / job.output.path.replace("{date}", today.isoformat())).resolve())
-    previous = job.compare.previous
-    if previous not in ("auto", "none"):
-        previous = str((base / previous).resolve())
-        if not (Path(previous) / "scores.parquet").exists():
-            raise JobError(f"{source}: compare.previous: {job.compare.previous} holds no scores.parquet")
-    folders = {}
-    for name in ("include", "data"):
-        folder = getattr(job.eval, name)
-        if folder is not None:
-            folders[name] = (base / folder).resolve()
-            if not folders[name].is_dir():
-                raise JobError(f"{source}: eval.{name}: there is no folder {folder}")
-    tasks = tuple(_with_absolute_file(task, base) for task in job.eval.tasks)
-    return job.model_copy(
-        update={
-            "model": model,
-            "output": EvalOutput(path=output),
-            "compare": job.compare.model_copy(update={"previous": previous}),
-            "eval": job.eval.model_copy(update={"data": base, "tasks": tasks, **folders}),
-        }
+    job = checked(EvalJob, mapping, given, where)
+    base_dir = Path(path).absolute().parent
+    if job.eval.data is None:
+        job = job.model_copy(update={"eval": job.eval.model_copy(update={"data": base_dir})})
+    paths = (
+        ("model", "path", model_path),
+        ("eval", "include", folder_path),
+        ("eval", "data", folder_path),
+        ("eval", "tasks", _task_files),
+        ("output", "path", partial(_night_path, today=today or date.today())),
+        ("compare", "previous", _previous_path),
     )
+    return with_absolute_paths(job, paths, base_dir, where)
 
 
-def _with_absolute_file(task: TaskSpec, base: Path) -> TaskSpec:
-    """A task that is a YAML file beside the job file."""
-    file = base / task.task
-    is_file = file.suffix in (".yaml", ".yml") and file.is_file()
-    return task.model_copy(update={"task": str(file.resolve())}) if is_file else task
+def _task_files(tasks: Sequence[TaskSpec], base_dir: Path) -> tuple[TaskSpec, ...]:
+    """Tasks that are YAML files beside the job file, by their paths."""
+    found = []
+    for task in tasks:
+        file = Path(absolute_path(task.task, base_dir))
+        is_file = file.suffix in (".yaml", ".yml") and file.is_file()
+        found.append(task.model_copy(update={"task": str(file)}) if is_file else task)
+    return tuple(found)
 
 
-_SECTIONS = {
-    "model": list(ModelSpec.model_fields),
-    "engine": list(EngineSpec.model_fields),
-    "eval": list(EvalSpec.model_fields),
-    "output": list(EvalOutput.model_fields),
-    "compare": list(CompareSpec.model_fields),
-}
+def _night_path(path: str, base_dir: Path, today: date) -> str:
+    return str(output_path(Path(path.replace("{date}", today.isoformat())), base_dir))
+
+
+def _previous_path(path: str, base_dir: Path) -> str:
+    """The folder of a finished evaluation."""
+    if path in _NO_FOLDERS:
+        return path
+    folder = folder_path(Path(path), base_dir)
+    if not (folder / "scores.parquet").is_file():
+        raise ValueError(
+            f"must be the output.path of an earlier evaluation, and {path} holds no scores.parquet"
+        )
+    return str(folder)
+
+
+_NO_FOLDERS = ("auto", "none")  # what compare.previous may be beside a folder
 _TEXT_KEYS = frozenset("model.path output.path compare.previous eval.include eval.data eval.system".split())

@@ -10,7 +10,8 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jinja2
@@ -25,15 +26,36 @@ from lm_eval.models.utils import (
 )
 
 from batchllm import core
+from batchllm.evals.kept_answers import KeptAnswers
 from batchllm.llm import LLM
 from batchllm.llm_outputs import CompletionOutput
 from batchllm.llm_params import SamplingParams
-from batchllm.scoring import Score, TokenSpan, encode_all, move_spaces, prefix_token, windows
+from batchllm.scoring import Item, Score, TokenSpan, encode_all, move_spaces, prefix_token, windows
 
 RequestType = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
 REQUEST_TYPES: tuple[RequestType, ...] = ("loglikelihood", "loglikelihood_rolling", "generate_until")
-Item = TokenSpan | tuple[Sequence[int], core.SamplingParams] | str
+Key = tuple[str, str, int]  # names a request: kind, arguments, how many equal ones came before
 _SAMPLING = ("top_p", "top_k", "min_p", "seed", "repetition_penalty")
+
+
+@dataclass
+class _Owed:
+    """A request whose answer is not there yet."""
+
+    key: Key
+    kind: RequestType
+    request: Instance
+    items: list[Item]
+    name: str = ""  # among kept answers
+    parts: dict[int, Score | CompletionOutput] = field(default_factory=dict)  # what came of each item
+
+    def answer(self) -> tuple[Any, str | None]:
+        """(generated text, or log-probability and whether it is greedy; why there is none), all parts being there."""
+        parts = [self.parts[number] for number in range(len(self.items))]
+        if parts and isinstance(parts[0], CompletionOutput):
+            return parts[0].text, parts[0].error
+        joined = Score.joined([part for part in parts if isinstance(part, Score)])
+        return _pair_answer(joined), joined.error
 
 
 @register_model("batchllm")
@@ -80,7 +102,8 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
         self._prefix_token_id = prefix_token_id
         self._chat_template_args = dict(chat_template_args or {})
         self._quiet = quiet
-        self._ahead: dict[tuple[str, str, int], Any] = {}  # answers computed before they are asked for
+        self._ahead: dict[Key, Any] = {}  # answers computed before they are asked for
+        self.kept: KeptAnswers | None = None  # answers are found there, and go there as they come
         self.runs = 0  # of the engine
         self.faults: list[str] = []  # what could not be answered, one sentence each
 
@@ -140,25 +163,46 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
 
     def run_ahead(self, requests: Mapping[str, Sequence[Instance]]) -> None:
         """Answers requests of all kinds in one planned run; asked for later, these are ready."""
-        work: list[tuple[tuple[str, str, int], RequestType, Instance, list[Item]]] = []
+        work = list(self._take_kept(list(self._owed(requests))))
+        if not work:
+            return
+        self.runs += 1
+        places = [(owed, number) for owed in work for number in range(len(owed.items))]
+        items = [owed.items[number] for owed, number in places]
+        for place, part in self.llm.score_and_generate_each(items, not self._quiet):
+            owed, number = places[place]
+            owed.parts[number] = part
+            if self.kept is not None and len(owed.parts) == len(owed.items):
+                answer, error = owed.answer()
+                if error is None:
+                    self.kept.add(owed.name, answer)
+        for owed in work:
+            answer, error = owed.answer()
+            if error is not None:
+                self._fault(owed.request, error)
+            self._ahead[owed.key] = self._said(
+                owed, "" if error and owed.kind == "generate_until" else answer
+            )
+
+    def _owed(self, requests: Mapping[str, Sequence[Instance]]) -> Iterator[_Owed]:
         for kind in REQUEST_TYPES:
             of_kind = list(requests.get(kind, ()))
             for key, request, items in zip(_keys(kind, of_kind), of_kind, self._items(kind, of_kind)):
                 if key not in self._ahead:
-                    work.append((key, kind, request, items))
-        if not work:
+                    yield _Owed(key, kind, request, items)
+
+    def _take_kept(self, work: list[_Owed]) -> Iterator[_Owed]:
+        """What is not among kept answers."""
+        if self.kept is None or not work:
+            yield from work
             return
-        self.runs += 1
-        scores, outputs = self.llm.score_and_generate(
-            [item for *_, items in work for item in items], not self._quiet
-        )
-        next_score, next_output = iter(scores), iter(outputs)
-        for key, kind, request, items in work:
-            if kind == "generate_until" and not isinstance(items[0], str):
-                self._ahead[key] = self._text(request, next(next_output))
+        names, answers = self.kept.take([owed.items for owed in work])
+        for owed, name, answer in zip(work, names, answers):
+            owed.name = name
+            if answer is None:
+                yield owed
             else:
-                parts = [next(next_score) for _ in items]
-                self._ahead[key] = self._scored(kind, request, parts)
+                self._ahead[owed.key] = self._said(owed, answer)
 
     def _answer(self, kind: RequestType, requests: list[Instance]) -> list[Any]:
         self.run_ahead({kind: requests})
@@ -251,23 +295,14 @@ class BatchLM(TemplateLM):  # type: ignore[misc]
         )
         return chosen.resolved(seed=0, max_tokens=max_tokens)  # the same samples every night
 
-    def _text(self, request: Instance, output: CompletionOutput) -> str:
-        if output.error is not None:
-            self._fault(request, output.error)
-            return ""
-        until = request.args[1].get("until") or []
+    def _said(self, owed: _Owed, answer: Any) -> Any:
+        """What the harness gets."""
+        if owed.kind != "generate_until":
+            return tuple(answer) if owed.kind == "loglikelihood" else answer[0]
+        until = owed.request.args[1].get("until") or []
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         stops = [until] if isinstance(until, str) else list(until)
-        return str(postprocess_generated_text(output.text, [*stops, eos], None))
-
-    def _scored(self, kind: RequestType, request: Instance, parts: Sequence[Score]) -> Any:
-        joined = Score.joined(parts)
-        if joined.error is not None:
-            self._fault(request, joined.error)
-        if kind == "generate_until":
-            return ""
-        answer = _pair_answer(joined)
-        return answer if kind == "loglikelihood" else answer[0]
+        return str(postprocess_generated_text(answer, [*stops, eos], None))
 
     def _fault(self, request: Instance, reason: str) -> None:
         sentence = f"task {request.task_name}, document {request.doc_id}, request {request.idx}: {reason}"
@@ -289,8 +324,8 @@ def _pair_answer(score: Score) -> tuple[float, bool]:
     return (-math.inf, False) if score.error else (score.logprob, score.is_greedy)
 
 
-def _keys(kind: str, requests: Sequence[Instance]) -> list[tuple[str, str, int]]:
-    """Names of requests: equal ones are told apart by how many came before."""
+def _keys(kind: str, requests: Sequence[Instance]) -> list[Key]:
+    """The name of each request."""
     seen: Counter[str] = Counter()
     keys = []
     for request in requests:

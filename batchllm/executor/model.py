@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from batchllm.errors import ModelError
+from batchllm.errors import ModelError, first_line
 from batchllm.executor.backend import Backend
 from batchllm.executor.device import Placement
 from batchllm.executor.forward_context import (
@@ -29,7 +29,7 @@ from batchllm.executor.fused_layer import fuse_layers, restore_layers
 from batchllm.executor.gate import LengthLimit, refused
 from batchllm.executor.greedy_head import GreedyHead
 from batchllm.executor.kv_buffers import LayerKv
-from batchllm.executor.model_config import first_line, load_config
+from batchllm.executor.model_config import load_config
 from batchllm.executor.native import native_kernels
 from batchllm.executor.packed_linear import pack_linears, unpack_linears
 from batchllm.executor.step import StepBatch

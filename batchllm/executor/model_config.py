@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from batchllm.errors import ModelError
+from batchllm.errors import ModelError, first_line
 from batchllm.executor.gate import LengthLimit, check_config
 from batchllm.planner.hardware import BYTES_PER_VALUE
 from batchllm.planner.model_shape import model_shape
@@ -26,7 +26,3 @@ def weight_bytes(config: Any, dtype: str) -> int:
     name = str(getattr(config, "dtype", None) or "float32") if dtype == "auto" else dtype
     size = BYTES_PER_VALUE.get(name.removeprefix("torch."), BYTES_PER_VALUE["float32"])
     return model_shape(config.get_text_config()).weight_bytes(size)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from batchllm import exit_codes
 from batchllm.collection import hold_collection
 
 _max_tokens = click.option(
@@ -58,4 +59,4 @@ def convert_batch(source: Path, target: Path, max_tokens: int) -> int:
     left_out = convert(source, target, max_tokens)
     for place, error in left_out:
         click.echo(f"{source}, {place}: {error}", err=True)
-    return 3 if left_out else 0
+    return exit_codes.SOME_FAILED if left_out else exit_codes.OK

@@ -19,11 +19,19 @@ from batchllm.core import SamplingParams
 from batchllm.dataset.messages import parse_messages, without_nulls
 from batchllm.dataset.rows import RowFault
 from batchllm.dataset.values import python_values
-from batchllm.errors import InputError
+from batchllm.durable import replacing
+from batchllm.errors import InputError, first_line
 from batchllm.job_errors import describe
 from batchllm.openai_batch.requests import CHAT, COMPLETIONS, BadLine, parse_line
 from batchllm.openai_batch.rows import write_rows
-from batchllm.openai_batch.run import bad_lines, check_apart, check_readable, read_requests
+from batchllm.openai_batch.run import (
+    bad_lines,
+    check_apart,
+    check_readable,
+    check_target,
+    read_requests,
+    reading,
+)
 
 _ANSWERS = pa.schema(
     [
@@ -50,32 +58,41 @@ _READ = frozenset({"custom_id", "model", "prompt", "template_args", "echo", *asd
 def convert(source: Path, target: Path, max_tokens: int = 256) -> list[tuple[str, BadLine]]:
     """By the names: .jsonl → .parquet, or .parquet → .jsonl. Returns what was left out, as no request: (place, why).
 
-    Raises InputError for other names and for a Parquet file that holds no requests.
+    A target that is there already is replaced by a whole one or stays. Raises InputError for other names and for a
+    Parquet file that holds no requests, OutputError for a target that cannot be written.
     """
     check_readable(source)
     check_apart(source, target)
     kinds = (source.suffix, target.suffix)
-    if kinds == (".jsonl", ".parquet"):
-        if _is_responses(source):
-            _write_answers(source, target)
-            return []
-        write_rows((request for _, request in read_requests(source, max_tokens)), target)
-        return [(f"line {number}", error) for number, error in bad_lines(source, max_tokens)]
-    if kinds == (".parquet", ".jsonl"):
-        table = _open_requests(source)
-        left_out = []
-        with target.open("w", encoding="utf-8") as file:
-            for number, row in enumerate(_rows(table), start=1):
-                try:
-                    file.write(_line(row, max_tokens) + "\n")
-                except BadLine as error:
-                    left_out.append((f"row {number}", error))
-        return left_out
-    raise InputError(f"{source} → {target}: one must be named .jsonl and the other .parquet")
+    if kinds not in ((".jsonl", ".parquet"), (".parquet", ".jsonl")):
+        raise InputError(f"{source} → {target}: one must be named .jsonl and the other .parquet")
+    check_target(target, "the target")
+    has_requests = source.suffix == ".jsonl" and not _is_responses(source)
+    with replacing(target) as part:
+        if has_requests:
+            write_rows((request for _, request in read_requests(source, max_tokens)), part)
+        elif source.suffix == ".jsonl":
+            _write_answers(source, part)
+        else:
+            return _write_requests(source, part, max_tokens)
+    bad = bad_lines(source, max_tokens) if has_requests else ()
+    return [(f"line {number}", error) for number, error in bad]
+
+
+def _write_requests(source: Path, target: Path, max_tokens: int) -> list[tuple[str, BadLine]]:
+    """Returns the rows left out."""
+    left_out = []
+    with target.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(_read_table(source), start=1):
+            try:
+                file.write(_line(row, max_tokens) + "\n")
+            except BadLine as error:
+                left_out.append((f"row {number}", error))
+    return left_out
 
 
 def _is_responses(path: Path) -> bool:
-    with path.open("rb") as file:
+    with reading(path) as file:
         first = next((line for line in file if line.strip()), b"")
     try:
         record = json.loads(first)
@@ -86,7 +103,7 @@ def _is_responses(path: Path) -> bool:
 
 def _write_answers(source: Path, target: Path) -> None:
     rows: list[dict[str, Any]] = []
-    with source.open("rb") as file:
+    with reading(source) as file:
         for number, raw in enumerate(file, start=1):
             if raw.strip():
                 try:
@@ -118,23 +135,21 @@ def _answer_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _open_requests(source: Path) -> pq.ParquetFile:
+def _read_table(source: Path) -> Iterator[dict[str, Any]]:
+    """What requests are made of, row by row; a value that cannot be read is a RowFault."""
     try:
         file = pq.ParquetFile(source)
-    except pa.ArrowInvalid:
-        raise InputError(f"{source}: is not a Parquet file") from None
-    missing = next((name for name in ("custom_id", "prompt") if name not in file.schema_arrow.names), None)
-    if missing is not None:
-        raise InputError(f"{source}: has no column `{missing}`, which requests need")
-    return file
-
-
-def _rows(table: pq.ParquetFile) -> Iterator[dict[str, Any]]:
-    """What requests are made of, row by row; a value that cannot be read is a RowFault."""
-    names = [name for name in table.schema_arrow.names if name in _READ]
-    for batch in table.iter_batches(columns=names):
-        columns = [python_values(batch.column(name), name, nullable=True) for name in names]
-        yield from (dict(zip(names, values)) for values in zip(*columns))
+        missing = next(
+            (name for name in ("custom_id", "prompt") if name not in file.schema_arrow.names), None
+        )
+        if missing is not None:
+            raise InputError(f"{source}: has no column `{missing}`, which requests need")
+        names = [name for name in file.schema_arrow.names if name in _READ]
+        for batch in file.iter_batches(columns=names):
+            columns = [python_values(batch.column(name), name, nullable=True) for name in names]
+            yield from (dict(zip(names, values)) for values in zip(*columns))
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{source}: cannot be read as Parquet ({first_line(error)})") from None
 
 
 def _line(row: dict[str, Any], max_tokens: int) -> str:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
+from batchllm import exit_codes
 from batchllm.dataset.tokenizer import load_tokenizer
+from batchllm.durable import check_writable, make_folder, replacing
 from batchllm.errors import InputError, JobError, OutputError, UserError
 from batchllm.executor.model_folder import check_model_folder
 from batchllm.file_lock import FileLock
@@ -45,15 +46,12 @@ def run_batch(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     quiet: bool = False,
 ) -> int:
-    """0: every line answered; 3: some lines are errors; 130: interrupted. Raises UserError before anything is written.
+    """What to exit with: OK, SOME_FAILED or INTERRUPTED. Raises UserError before anything is written.
 
     `max_tokens` is for requests that do not say. `overrides` are those of a job: {"engine.kv_memory": "1GiB"}.
     """
     check_readable(requests)
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; -o must name a file")
-    if not output.absolute().parent.is_dir():
-        raise OutputError(f"{output}: the folder {output.absolute().parent} does not exist")
+    check_target(output, "-o")
     check_apart(requests, output)
     _check_overrides(overrides)
     folder = output.with_name(output.name + ".batch").absolute()
@@ -65,30 +63,24 @@ def run_batch(
 
 
 def _answer(job: JobSpec, requests: Path, output: Path, max_tokens: int, quiet: bool) -> int:
-    rows = Path(job.input.path)
-    new_rows = rows.with_name(f".{rows.name}.tmp")
-    count = write_rows((line for _, line in read_requests(requests, max_tokens)), new_rows)
-    os.replace(new_rows, rows)
-    code = 0
+    with replacing(Path(job.input.path)) as part:
+        count = write_rows((line for _, line in read_requests(requests, max_tokens)), part)
+    code = exit_codes.OK
     if count:
         code = run_job(job, quiet=quiet).exit_code
-        if code == 130:
+        if code == exit_codes.INTERRUPTED:
             return code
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
     answers = _answers(job.output.path) if count else iter(())
     name, created = Path(job.model.path).name, int(time.time())
-    part = output.with_name(output.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with replacing(output) as part, part.open("w", encoding="utf-8") as file:
         for number, line in _lines(requests, max_tokens):
             if isinstance(line, BadLine):
-                code = 3
+                code = exit_codes.SOME_FAILED
                 record = error_line(number, line.custom_id, line.code, str(line))
             else:
                 record = answer_line(number, line, next(answers), tokenizer, name, created)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, output)
     return code
 
 
@@ -96,7 +88,7 @@ def _answer(job: JobSpec, requests: Path, output: Path, max_tokens: int, quiet: 
 def _claimed(folder: Path) -> Iterator[None]:
     """One run at a time in the folder beside an output. A run that cannot start leaves no folder that it made."""
     made = not folder.exists()
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / "lock", _refusal(folder))
     try:
         yield
@@ -134,7 +126,7 @@ def read_requests(path: Path, max_tokens: int) -> Iterator[tuple[int, BatchReque
 def _lines(path: Path, max_tokens: int) -> Iterator[tuple[int, BatchRequest | BadLine]]:
     """Every line that is not blank, from 1 on. A custom_id that comes again is an error."""
     seen: dict[str, int] = {}
-    with path.open("rb") as file:
+    with reading(path) as file:
         for number, raw in enumerate(file, start=1):
             line = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
             if not line:
@@ -170,9 +162,31 @@ def bad_lines(path: Path, max_tokens: int) -> Iterator[tuple[int, BadLine]]:
 
 
 def check_readable(path: Path) -> None:
-    """Raises InputError for a file that does not exist."""
+    """Raises InputError for a file that is not there or cannot be read."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
+    with reading(path):
+        pass
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """The file as bytes. What the operating system says about it meanwhile becomes one sentence of an InputError."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def check_target(path: Path, name: str) -> None:
+    """Raises OutputError for a file that cannot be written; `name`: what named it. Writes nothing."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; {name} must name a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist; make it or choose another one")
+    check_writable(folder)
 
 
 def check_apart(source: Path, target: Path) -> None:

@@ -82,6 +82,27 @@ def test_prune(store: Path, capsys: pytest.CaptureFixture[str]):
     assert len(open_store(store)) == 3 and open_store(store).used_bytes() <= limit
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", ""], "--model: must not be empty"),
+        (["--model", "00ff"], "00ff: no model has this id"),
+        (["--model", "61"], "61: the ids of 2 models begin with it; give more of one"),
+        (["--unused-for", "-1"], "-1.0 is not in the range x>=0"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_nothing_is_removed_by_mistake(
+    options: list[str], sentence: str, more: list[str], store: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = b"a model like that one"[:16]
+    with open_store(store, write=True, model=other) as made:
+        put(made, 0, model=other)
+    assert exit_code_of("chunks", "prune", store, *options, *more) == 2
+    assert sentence in capsys.readouterr().err
+    assert len(open_store(store)) == 8
+
+
 def test_folders_that_are_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for command in (["ls"], ["verify"], ["verify", "--remove"], ["prune", "--limit", "1MiB"]):
         assert exit_code_of("chunks", *command, tmp_path / "nothing") == 2
