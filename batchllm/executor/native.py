@@ -40,4 +40,5 @@ def _found(dtype: torch.dtype) -> ctypes.CDLL | str:
     """The kernels, or why there are none."""
     if dtype != torch.bfloat16:
         return f"they are for bfloat16, and the model is in {str(dtype).removeprefix('torch.')}"
-    return library(user_cache_folder() / "kernels")
+    found: ctypes.CDLL | str = library(user_cache_folder() / "kernels")
+    return found

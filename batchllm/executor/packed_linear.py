@@ -93,7 +93,7 @@ def unpack_linears(model: Any) -> None:
             layer.restore_originals()
 
 
-def _parents(model: Any) -> list[nn.Module]:
+def _parents(model: Any) -> list[Any]:
     """All modules that have parts. Those that are replaced are not held by it."""
     return [module for module in model.modules() if next(module.children(), None) is not None]
 
