@@ -22,7 +22,7 @@ from batchllm.dataset.load import prompts_from_list
 from batchllm.dataset.prompts import Prompt, conversation_prompts, unused_arg
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import ArgumentError
-from batchllm.executor.device import choose_device, this_machine
+from batchllm.executor.device import Placement, choose_device, this_machine
 from batchllm.executor.generation_config import generation_notes
 from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
@@ -30,16 +30,19 @@ from batchllm.executor.quantize import check_quantization
 from batchllm.executor.ready_model import load_ready_model
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
 from batchllm.executor.trace import StepTrace
+from batchllm.job_sections import EngineSpec, ModelSpec
 from batchllm.limits import ModelLimits, usable
 from batchllm.llm_arguments import (
     check_call,
     drawn_seed,
     our_arguments,
+    prompt_list,
     readable_length,
     sections_of,
     seed_of,
+    uses_defaults_of_model,
 )
-from batchllm.llm_outputs import CompletionOutput, OutputMaker, RequestOutput, text_of
+from batchllm.llm_outputs import CompletionOutput, OutputMaker, RequestOutput, text_of, warn_of_errors
 from batchllm.llm_params import OF_MODEL, SamplingParams, params_of_model
 from batchllm.planner.plan import PlanOptions
 from batchllm.report.progress import Progress
@@ -84,34 +87,22 @@ class LLM:
             "dtype": dtype,
             "device": device,
             "quantize": quantize,
+            "trust_remote_code": trust_remote_code,
             "kv_memory": kv_memory,
+            "max_step_tokens": max_step_tokens,
+            "min_shared_tokens": min_shared_tokens,
         }
-        ours |= {"max_step_tokens": max_step_tokens, "min_shared_tokens": min_shared_tokens}
-        chosen, engine = sections_of(our_arguments({**ours, "trust_remote_code": trust_remote_code}, others))
-        if generation_config not in (None, "auto", "vllm"):
-            raise ArgumentError(
-                "LLM: generation_config must be auto or vllm; give SamplingParams to generate()"
-            )
+        chosen, engine = sections_of(our_arguments(ours, others))
+        self._uses_defaults_of_model = uses_defaults_of_model(generation_config)
         self._seed, self._calls = seed_of(seed), 0
-        if chosen.quantize is not None:
-            check_quantization(chosen.quantize)
-        own_tokenizer = tokenizer is None and not skip_tokenizer_init
-        check_model_folder(chosen.path, chosen.trust_remote_code, need_tokenizer=own_tokenizer)
-        self._tokenizer = None
-        if not skip_tokenizer_init:
-            self._tokenizer = load_tokenizer(str(tokenizer or chosen.path), chosen.trust_remote_code)
-        config, _ = load_config(chosen.path, chosen.trust_remote_code)
-        placement = choose_device(engine.device, weight_bytes(config, chosen.dtype), this_machine())
-        self.device_note = placement.note and placement.note.removeprefix(
-            "engine."
-        )  # what auto could not have
+        self._tokenizer, placement = _checked_files(chosen, engine, tokenizer, skip_tokenizer_init)
+        self.device_note = (placement.note or "").removeprefix("engine.")  # what device="auto" could not have
         if self.device_note:
             warnings.warn(self.device_note, stacklevel=2)
         self._model = load_ready_model(
             chosen.path, chosen.dtype, chosen.trust_remote_code, placement, chosen.quantize
         )
         self._length = readable_length(self._model.max_length, max_model_len)
-        self._uses_defaults_of_model = generation_config != "vllm"
         shared = engine.min_shared_tokens
         shared = PlanOptions.min_shared_tokens if isinstance(shared, str) else shared
         plan = PlanOptions(shared, max_length=self._length)
@@ -148,12 +139,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers all prompts: texts, lists of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
         check_call("generate()", others)
-        many = _prompt_list(prompts)
+        many = prompt_list(prompts)
         if self._tokenizer is None and any(text_of(prompt) is not None for prompt in many):
             raise ArgumentError("give token ids: the LLM was made with skip_tokenizer_init=True")
         table = prompts_from_list(many, self._params(sampling_params), self._tokenizer)
         outputs = self._answer(many, table, use_tqdm)
-        _warn_of_errors(outputs)
+        warn_of_errors(outputs)
         return outputs
 
     def chat(
@@ -199,7 +190,7 @@ class LLM:
         shown = [text.text if isinstance(text, Prompt) else "" for text in texts]
         table = prompts_from_list(texts, self._params(sampling_params), self._tokenizer)
         outputs = self._answer(shown, table, use_tqdm)
-        _warn_of_errors(outputs)
+        warn_of_errors(outputs)
         return outputs
 
     def score(
@@ -335,25 +326,15 @@ class LLM:
             raise ArgumentError("stop, bad_words, choice, regex, json_schema and grammar need a tokenizer")
 
 
-def _prompt_list(prompts: str | Iterable[Any]) -> list[Any]:
-    """One prompt alone, or many in whatever holds them."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    many = list(prompts)
-    return [many] if many and all(isinstance(token, int | np.integer) for token in many) else many
-
-
-def _warn_of_errors(outputs: Sequence[RequestOutput]) -> None:
-    """Once for a call of which prompts have no answer: nobody looks at `error` of every output."""
-    failed = [
-        (number, sample.error)
-        for number, output in enumerate(outputs)
-        for sample in output.outputs
-        if sample.error is not None
-    ]
-    if failed:
-        count, (first, error) = len(dict(failed)), failed[0]
-        warnings.warn(
-            f"{count:,} of {len(outputs):,} prompts were not answered; the first is prompt {first}: {error}",
-            stacklevel=3,
-        )
+def _checked_files(
+    chosen: ModelSpec, engine: EngineSpec, tokenizer: str | None, skip_tokenizer: bool
+) -> tuple[Any, Placement]:
+    """The tokenizer, if any, and where the model will run. No weights are read before all that is cheap is known."""
+    if chosen.quantize is not None:
+        check_quantization(chosen.quantize)
+    needs_its_own = tokenizer is None and not skip_tokenizer
+    check_model_folder(chosen.path, chosen.trust_remote_code, need_tokenizer=needs_its_own)
+    path, trust = str(tokenizer or chosen.path), chosen.trust_remote_code
+    loaded = None if skip_tokenizer else load_tokenizer(path, trust)
+    config, _ = load_config(chosen.path, trust)
+    return loaded, choose_device(engine.device, weight_bytes(config, chosen.dtype), this_machine())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Required, TypedDict, TypeVar
 
+import numpy as np
 from pydantic import ValidationError
 
 from batchllm.errors import ArgumentError
@@ -142,6 +143,14 @@ def _refuse(
         raise TypeError(f"{function} has no {name!r} in BatchLLM; {remedy}")
 
 
+def prompt_list(prompts: str | Iterable[Any]) -> list[Any]:
+    """One prompt alone, or many in whatever holds them."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    many = list(prompts)
+    return [many] if many and all(isinstance(token, int | np.integer) for token in many) else many
+
+
 def sections_of(arguments: Mapping[str, Any]) -> tuple[ModelSpec, EngineSpec]:
     """The sections `model` and `engine` that a job with these arguments would have. Raises ArgumentError."""
     dtype = arguments["dtype"]
@@ -175,6 +184,13 @@ def readable_length(stated: int | None, max_model_len: int | None) -> int | None
             f"LLM: max_model_len is {max_model_len:,} and the model reads at most {stated:,} tokens; lower it"
         )
     return max_model_len
+
+
+def uses_defaults_of_model(generation_config: str | None) -> bool:
+    """Whether calls without parameters take what the model says of sampling. vLLM takes a folder, too."""
+    if generation_config not in (None, "auto", "vllm"):
+        raise ArgumentError("LLM: generation_config must be auto or vllm; give SamplingParams to generate()")
+    return generation_config != "vllm"
 
 
 def seed_of(seed: int | None) -> int:

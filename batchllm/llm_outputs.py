@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -137,3 +138,19 @@ def text_of(prompt: Any) -> str | None:
     """Of a prompt as it was given; None where it is token ids."""
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     return text if isinstance(text, str) else None
+
+
+def warn_of_errors(outputs: Sequence[RequestOutput]) -> None:
+    """Once for a call of which prompts have no answer: nobody looks at `error` of every output."""
+    failed = [
+        (number, sample.error)
+        for number, output in enumerate(outputs)
+        for sample in output.outputs
+        if sample.error is not None
+    ]
+    if failed:
+        count, (first, error) = len(dict(failed)), failed[0]
+        warnings.warn(
+            f"{count:,} of {len(outputs):,} prompts were not answered; the first is prompt {first}: {error}",
+            stacklevel=3,
+        )

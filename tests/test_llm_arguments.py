@@ -75,9 +75,14 @@ def test_the_harness_class_checks_them_too(model_folder: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert BatchLM(str(model_folder), device="cpu").llm.device_note is None
+        assert BatchLM(str(model_folder), device="cpu").llm.device_note == ""
     with pytest.raises(ValueError, match="LLM: dtype must be"):
         BatchLM(str(model_folder), dtype="bf16")
+    sampled = BatchLM(str(model_folder), device="cpu")._params({"do_sample": True, "until": []})
+    assert not isinstance(sampled, str) and (sampled.temperature, sampled.seed) == (
+        1.0,
+        0,
+    )  # the same every night
     with pytest.raises(ValueError, match="LLM: max_step_tokens must be"):
         BatchLM(str(model_folder), max_step_tokens="8k")
 
