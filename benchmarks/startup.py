@@ -154,13 +154,15 @@ class Commands:
         )
         theirs = ["-m", "benchmarks.job_vllm", model, prompts, str(self._scratch / "theirs.parquet")]
         return {
-            "batchllm": ["-c", _RUN, "run", str(job), "--overwrite"],
+            "batchllm": ["-c", _RUN, "run", str(job)],
             "vllm": [*theirs, str(max_tokens), "0"],
             "vllm-eager": [*theirs, str(max_tokens), "1"],
         }
 
     def wall_seconds(self, engine: str, arguments: list[str]) -> float:
         """From process start to its end. Raises EngineFailed."""
+        for answers in self._scratch.glob("ours-*"):  # a run would go on from these
+            shutil.rmtree(answers)
         python, environment = self._interpreters.of(engine.split("-")[0])
         environment.pop(
             "PYTHONDONTWRITEBYTECODE", None

@@ -114,11 +114,9 @@ def _files_below(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
 def _not_in(folders: Collection[Path], paths: list[str]) -> list[str]:
     """Without Parquet files in these folders; nobody else's may be there (`folder.check_output`)."""
     own = {os.path.realpath(folder) for folder in folders}
-    return [
-        path
-        for path in paths
-        if not (path.endswith(".parquet") and os.path.realpath(os.path.dirname(path)) in own)
-    ]
+    parents = {os.path.dirname(path) for path in paths}
+    left_out = {parent for parent in parents if os.path.realpath(parent) in own}
+    return [path for path in paths if not path.endswith(".parquet") or os.path.dirname(path) not in left_out]
 
 
 def _children(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
