@@ -99,7 +99,9 @@ class PagedStepAttention:
         kv_heads, value_dim = keys.shape[1], values.shape[-1]
         if not tokens:  # a step in the middle of a long prompt: no token's logits are read
             return query.new_empty(0, heads, value_dim)
-        config = tile_config(heads, kv_heads, dim, value_dim, self._target, self.pool.page_size)
+        config = tile_config(
+            heads, kv_heads, dim, value_dim, self._target, self.pool.page_size, keys.dtype == torch.float32
+        )
         positions = self._last_positions if last_only else self.positions
         assert positions is not None
         attended: Tensor = self._kernels.tree_attention(

@@ -26,6 +26,7 @@ from batchllm.executor.upload import upload, upload_as
 
 MOST_REPEATS = 32
 _HORIZON = 16  # steps that a tile plan is made for, if pages allow it
+_WATCHED = 2  # steps of a size, at most: the first may wait for the device only to set something up
 
 
 @dataclass
@@ -38,6 +39,10 @@ class DecodeStats:
     recorded: int = 0  # graphs
     replayed: int = 0  # steps that ran as a graph
     launched: int = 0  # steps that ran kernel by kernel
+    not_recorded: str = ""  # why the last step that could not be recorded could not
+
+    def count_plan(self) -> None:
+        self.plans += 1
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,12 @@ class _RepeatedStep:
         self._chosen = integers(MOST_REPEATS, rows)
         self._logprobs = torch.zeros(MOST_REPEATS, rows, device=device) if logprobs else None
         self._rows = DeviceRows(rows, device)
-        self._plans = ReloadedPlans(device, backend.resident_programs, self._count_plan)
+        self._plans = ReloadedPlans(device, backend.resident_programs, stats.count_plan)
         self._planned_until: int | None = None  # first row's position that the plans no longer hold for
         self._first_position = 0  # the first row's, on the device, once what is queued has run
-        self._has_run = False
         self._graph: Graph | None = None
-        self._can_record = True
+        self._to_watch = _WATCHED  # steps, until one is found that can be recorded
+        self._can_record = False
         self.sent: Sent | None = None
 
     def load(self, batch: StepBatch, rows: SampleRows, sent: Sent) -> None:
@@ -165,24 +170,39 @@ class _RepeatedStep:
         steps = max(repeats, min(_HORIZON, room))
         reads = kv_reads(batch.chunks, batch.shared_reads, batch.positions, ahead=steps - 1)
         if not self._plans.load(reads, steps - 1):
-            self._graph, self._can_record = None, True  # the graph reads arrays that are no longer used
+            self._graph = None  # it reads arrays that are no longer used
         self._planned_until = self._first_position + steps
 
     def run(self, repeats: int) -> None:
         self._count.zero_()
         for _ in range(repeats):
-            if self._graph is None and self._has_run and self._can_record:
-                self._graph = self._recorder.record(self._step, self._state())
-                self._can_record = self._graph is not None
-                self._stats.recorded += self._can_record
+            if self._graph is None and self._can_record:
+                self._record()
             if self._graph is None:
-                self._step()
-                self._stats.launched += 1
+                self._launch()
             else:
                 self._graph.replay()
                 self._stats.replayed += 1
-            self._has_run = True
         self._first_position += repeats
+
+    def _record(self) -> None:
+        self._graph = self._recorder.record(self._step, self._state())
+        self._can_record = self._graph is not None
+        self._stats.recorded += self._can_record
+        if not self._can_record:
+            self._stats.not_recorded = self._recorder.failure
+
+    def _launch(self) -> None:
+        """The step, kernel by kernel; the first times watched."""
+        self._stats.launched += 1
+        if not self._to_watch:
+            self._step()
+            return
+        obstacle = self._recorder.watch(self._step)
+        self._can_record = obstacle is None
+        self._to_watch = 0 if self._can_record else self._to_watch - 1
+        if obstacle is not None and not self._to_watch:
+            self._stats.not_recorded = obstacle
 
     def results(self, repeats: int, rows: int) -> tuple[Tensor, Tensor | None]:
         logprobs = None if self._logprobs is None else self._logprobs[:repeats, :rows]
@@ -209,9 +229,6 @@ class _RepeatedStep:
     def _state(self) -> list[Tensor]:
         changed = [self.tokens, self._positions, self._count, self._chosen, self._rows.indices]
         return changed if self._logprobs is None else [*changed, self._logprobs]
-
-    def _count_plan(self) -> None:
-        self._stats.plans += 1
 
 
 def _bucket(count: int) -> int:

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -33,6 +37,8 @@ class Machine:
     gpu: Gpu | None
     missing: str = ""
     has_triton: bool = True
+    has_compiler: bool = True  # for C, with which Triton makes what launches its kernels
+    has_headers: bool = True  # Python's, which that includes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,23 @@ def this_machine() -> Machine:
         free_bytes=torch.cuda.mem_get_info(device)[0],
         device=device,
     )
-    return Machine(gpu, has_triton=has_triton)
+    return Machine(gpu, has_triton=has_triton, has_compiler=has_compiler(), has_headers=has_headers())
+
+
+def has_compiler() -> bool:
+    """Whether there is a compiler where Triton looks for one."""
+    named = os.environ.get("CC")
+    return any(shutil.which(name) for name in ([named] if named is not None else ["gcc", "clang"]))
+
+
+def has_headers() -> bool:
+    """Whether Python.h is where Triton's compiler looks for it."""
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # as Triton does on Debian
+    places = [sysconfig.get_path("include", scheme)]
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        places += os.environ.get(variable, "").split(os.pathsep)
+    return any(Path(place, "Python.h").is_file() for place in places if place)
 
 
 def choose_device(wanted: str, weight_bytes: int, machine: Machine, quantize: str | None = None) -> Placement:
@@ -96,6 +118,10 @@ def _obstacle(weight_bytes: int, machine: Machine, quantize: str | None) -> tupl
         return "model.quantize works on a CPU only", "leave model.quantize out"
     if not machine.has_triton:
         return "the package triton is not installed", "run pip install triton"
+    if not machine.has_compiler:
+        return "Triton finds no C compiler", "install gcc or name one in the variable CC"
+    if not machine.has_headers:
+        return "Triton finds no Python.h", "install your Python's development files (python3-dev)"
     if not gpu.has_bfloat16:
         return f"{gpu.name} does not compute in bfloat16", "choose a newer GPU"
     if weight_bytes + _RESERVED > gpu.free_bytes:

@@ -20,7 +20,7 @@ from batchllm.core import SequenceResult
 from batchllm.errors import JobError
 from batchllm.executor.cuda_graph import Recorder, recorder_for
 from batchllm.executor.decode_loop import MOST_REPEATS, DecodeLoop
-from batchllm.executor.device_memory import collect
+from batchllm.executor.device_memory import collect, is_out_of_memory
 from batchllm.executor.engine import Engine
 from batchllm.executor.paged_backend import PagedBackend
 from batchllm.executor.paged_pool import PagedPool
@@ -84,6 +84,19 @@ class DeviceEngine(Engine):
         self.decode = self._make_decode()
 
     def run(self) -> Iterator[list[SequenceResult]]:
+        """Whatever happens, graphs and the pool are given back: what runs next may need their memory."""
+        try:
+            yield from self._run_all()
+        finally:
+            self._under_way = None
+            if self.decode is not None:
+                self.decode.forget()
+            self.pool.release()
+        failed = self._take_failed()
+        if failed:
+            yield failed
+
+    def _run_all(self) -> Iterator[list[SequenceResult]]:
         self._lap("other")
         while True:
             batch = self._schedule()
@@ -96,11 +109,6 @@ class DeviceEngine(Engine):
             if results:
                 yield results
             self._lap("other")
-        failed = self._take_failed()
-        self.decode.forget()
-        self.pool.release()
-        if failed:
-            yield failed
 
     def _schedule(self) -> StepBatch | None:
         try:
@@ -114,7 +122,9 @@ class DeviceEngine(Engine):
         if batch is not None:
             try:
                 launched = self._launch(batch)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 out_of_memory = True
         finished = self._land()
         if out_of_memory and batch is not None:

@@ -18,12 +18,14 @@ _FRAGMENTS = 1.25  # activations take more than their sum
 _PARTS = 3  # of a token's attention, at most, on average (docs/kernels.md)
 _SHRINK = 0.9
 _TRIES = 12  # after which a pool is a quarter of what was meant
+# In the words of the driver (Triton, CUDA graphs) and of cuBLAS.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated where the tensors of `device` live."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        collect()
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
@@ -68,6 +70,13 @@ def largest_pool(make: Callable[[int], Pool], tokens: int, smallest: int = 1) ->
         f"engine.kv_memory: the GPU has no room for {wanted:,} tokens of KV nor for a quarter of them; free memory "
         f"on it, lower engine.kv_memory or set engine.device to cpu."
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU has no memory left; not every library says so by torch's own exception."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def collect() -> None:

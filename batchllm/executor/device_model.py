@@ -56,6 +56,9 @@ class DeviceModel:
             is_last = index == len(self._layers) - 1
             query = layer.write(normed, self._cos, self._sin, attention)
             only = rows if is_last else None
+            if only is not None and not len(only):
+                nothing: Tensor = normed.new_empty(0, self._head.out_features)
+                return nothing  # experts do not take zero tokens
             if only is not None:
                 query, residual = query.index_select(0, only), residual.index_select(0, only)
             added = layer.attend(query, attention, only is not None)

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from batchllm.executor.device_memory import is_out_of_memory
 from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.paged_backend import PagedBackend
 from batchllm.executor.step import StepBatch
 from batchllm.executor.step_builder import Ancestor, StepBuilder
-from benchmarks.gpu.clock import Rates, seconds_of
+from benchmarks.gpu.clock import Rates, Timing, device_seconds_of
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def _case(
     tiny: bool,
 ) -> dict[str, Any]:
     heads, kv_heads, dim = shape
-    repeats = 1 if tiny else 50
-    ours = _our_seconds(case, shape, dtype, device, repeats, 16 if tiny else None)
+    repeats = 1 if tiny else 100
+    timed = _our_seconds(case, shape, dtype, device, repeats, 16 if tiny else None)
     theirs = _torch_seconds(case, shape, dtype, device, max(1, repeats // 5))
+    ours = timed.seconds
     tokens = case.groups * case.shared + case.rows * case.own
     kv_bytes = tokens * 2 * kv_heads * dim * dtype.itemsize
     flops = 4 * case.rows * (case.own + (case.shared if case.groups else 0)) * heads * dim
@@ -68,10 +70,12 @@ def _case(
     return {
         "case": case.name,
         "microseconds": ours * 1e6,
+        "by_graph": timed.by_graph,
         "of_floor": floor / ours,
         "kv_bytes_per_second": kv_bytes / ours,
-        "torch_microseconds": None if theirs is None else theirs * 1e6,
-        "times_torch": None if theirs is None else theirs / ours,
+        "torch_microseconds": None if theirs is None else theirs.seconds * 1e6,
+        "torch_by_graph": None if theirs is None else theirs.by_graph,
+        "times_torch": None if theirs is None else theirs.seconds / ours,
     }
 
 
@@ -82,7 +86,7 @@ def _our_seconds(
     device: torch.device,
     repeats: int,
     page_size: int | None,
-) -> float:
+) -> Timing:
     heads, kv_heads, dim = shape
     backend = PagedBackend(device, page_size)
     slots = case.groups * (case.shared + 64) + case.rows * (case.own + 64)
@@ -91,7 +95,7 @@ def _our_seconds(
         part.normal_()
     attention = backend.attention(pool, _step(case, pool))
     query = torch.randn(case.rows, heads, dim, dtype=dtype, device=device)
-    return seconds_of(lambda: attention.attend_written(0, query, scale=dim**-0.5), device, repeats)
+    return device_seconds_of(lambda: attention.attend_written(0, query, scale=dim**-0.5), device, repeats)
 
 
 def _step(case: Case, pool: Any) -> StepBatch:
@@ -111,7 +115,7 @@ def _step(case: Case, pool: Any) -> StepBatch:
 
 def _torch_seconds(
     case: Case, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int
-) -> float | None:
+) -> Timing | None:
     """Every row over all it sees, side by side: the best case of a kernel that knows nothing of sharing."""
     heads, kv_heads, dim = shape
     length = case.own + (case.shared if case.groups else 0)
@@ -119,8 +123,10 @@ def _torch_seconds(
         query = torch.randn(case.rows, heads, 1, dim, dtype=dtype, device=device)
         key = torch.randn(case.rows, kv_heads, length, dim, dtype=dtype, device=device)
         value = torch.randn_like(key)
-        return seconds_of(
+        return device_seconds_of(
             lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True), device, repeats
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None

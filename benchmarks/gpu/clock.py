@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from batchllm.executor.cuda_graph import Graph, recorder_for
+from batchllm.executor.device_memory import is_out_of_memory
+
+_CALLS = 20  # in one graph
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -23,6 +28,44 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -
         work()
     synchronize(device)
     return (time.perf_counter() - started) / repeats
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one call."""
+
+    seconds: float
+    by_graph: bool  # the device alone; else what the host takes for each call is in it
+
+
+def device_seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -> Timing:
+    """Calls that are short beside what Python takes for them: some of them are recorded, and replays are timed. Where
+    they cannot be recorded, as `seconds_of`."""
+    graph = _recorded(work, device)
+    if graph is None:
+        return Timing(seconds_of(work, device, repeats), False)
+    return Timing(seconds_of(graph.replay, device, max(1, repeats // _CALLS)) / _CALLS, True)
+
+
+def _recorded(work: Callable[[], object], device: torch.device) -> Graph | None:
+    """A graph of _CALLS calls. None where there is none, for want of memory as well: single calls need less."""
+    if device.type != "cuda":
+        return None
+    recorder = recorder_for(device)
+    work()  # what is compiled or set up in the first call may wait for the device
+
+    def calls() -> None:
+        for _ in range(_CALLS):
+            work()
+
+    if recorder.watch(work) is not None:
+        return None
+    try:
+        return recorder.record(calls, ())
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
@@ -44,6 +43,7 @@ def run_ours(runner: ModelRunner, workload: Workload, min_shared_tokens: int = 3
     decode = vars(engine.decode.stats) if hasattr(engine, "decode") else {}
     return {
         "seconds": seconds,
+        "own_forward": runner.fused,
         "plan_seconds": planned - started,
         "output_tokens_per_second": answered / seconds,
         "steps": engine.stats.steps,
@@ -104,8 +104,3 @@ def _tables(workload: Workload) -> tuple[PromptTable, RequestTable]:
     keys = np.stack([row, row], axis=1).astype(np.uint64)
     table = PromptTable(tokens, offsets, (params,), np.zeros(len(prompts), dtype=np.int32), {})
     return table, RequestTable(row, np.zeros(len(prompts), dtype=np.int32), keys)
-
-
-def free(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

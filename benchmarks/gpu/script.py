@@ -16,7 +16,7 @@ import torch
 from batchllm_kernels.reference_set import TorchKernels
 
 from batchllm.executor.device import Gpu, Placement, choose_device, this_machine
-from batchllm.executor.device_memory import free_bytes
+from batchllm.executor.device_memory import collect, free_bytes
 from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.executor.paged_backend import PagedBackend
 from batchllm.executor.parity import check_parity
@@ -70,6 +70,7 @@ class Bench:
         self.part("rates", 0, self._rates)
         rates = Rates(**self.report.rates)
         self.part("greedy tokens", 20, self._greedy)
+        self.part("graphs", 20, self._graphs)
         self.part("attention", 40, lambda: self._attention(rates))
         for number, (model, names, with_peer) in enumerate(_DRY if self.tiny else _PLAN):
             self.part(
@@ -87,7 +88,7 @@ class Bench:
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [""])[0]
                 self.report.left_out.append(f"{name}: {type(error).__name__}: {reason[:200]}")
-            jobs.free(self.device)
+            collect()
         self.report.seconds = time.perf_counter() - self._started
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._out.write_text(json.dumps(asdict(self.report), indent=1) + "\n")
@@ -97,6 +98,9 @@ class Bench:
 
     def _greedy(self) -> None:
         self.report.checks["greedy tokens equal the CPU's"] = checks.greedy_tokens_equal(self.placement)
+
+    def _graphs(self) -> None:
+        self.report.checks["decode steps"] = checks.recorded_steps(self.placement, 20 if self.tiny else 640)
 
     def _attention(self, rates: Rates) -> None:
         self.report.attention = attention.measure(self.device, self.dtype, rates, self.tiny)
@@ -115,16 +119,17 @@ class Bench:
             self.part(f"{name}, {workload.name}", 30, work)
         if with_profile:
             self.part("profile", 30, lambda: self._profile(runner, known["groups"]))
+        fused = runner.fused
         runner.unfuse()
         for workload in map(known.__getitem__, with_peer):
             peer = partial(self._peer, runner, name, workload)
             self.part(f"{name}, {workload.name}, transformers", 90, peer)
         if name in _SMALL:
-            self.part(f"{name}, logits", 20, lambda: self._logits(runner, name))
+            self.part(f"{name}, logits", 20, lambda: self._logits(runner, name, fused))
 
-    def _logits(self, runner: ModelRunner, name: str) -> None:
-        """Last: the weights are replaced meanwhile."""
-        self.report.checks[f"errors of logits, {name}"] = checks.logit_errors(runner)
+    def _logits(self, runner: ModelRunner, name: str, fused: bool) -> None:
+        """Last: the weights are replaced meanwhile. `fused`: as the jobs ran."""
+        self.report.checks[f"errors of logits, {name}"] = checks.logit_errors(runner, fused)
 
     def _job(self, runner: ModelRunner, model: str, workload: Workload, rates: Rates) -> None:
         ours = jobs.run_ours(runner, workload)
@@ -155,6 +160,7 @@ def job_line(row: dict[str, Any]) -> str:
     ours = row["ours"]
     text = f"{row['model']:<14} {row['workload']:<15}{row['rows']:>6}{ours['seconds']:>9.2f} s"
     text += f"{ours['output_tokens_per_second']:>10,.0f} tok/s{row['of_floor']:>8.0%} of floor"
+    text += "" if ours["own_forward"] else ", HF modules"
     if "of_plain_path" in row:
         text += f"{row['of_plain_path']:>7.2f} of plain path"
     if "times_transformers" in row:

@@ -161,11 +161,11 @@ def _described(pool: Tensor, config: TileConfig) -> _Pool | None:
     """A descriptor of the pool as a matrix of tokens, whose blocks are pages of one head; and by how many rows a page
     and a head, and by how many columns a head lies further on. None if its strides do not allow one.
 
-    The accelerator fills columns beyond D with zeros, which pads D to a power of two.
+    The accelerator fills columns beyond D with zeros, which pads D to a power of two, 16 at least.
     """
     pages, heads, _, dim = pool.shape
     page_stride, head_stride, token_stride = pool.stride()[:3]
-    block = [config.page_size, triton.next_power_of_2(dim)]
+    block = [config.page_size, max(16, triton.next_power_of_2(dim))]
     by_columns = heads > 1 and head_stride < token_stride
     row_strides = (page_stride,) if by_columns else (page_stride, head_stride)
     aligned = token_stride * pool.element_size() % 16 == 0 and pool.data_ptr() % 16 == 0

@@ -39,24 +39,37 @@ def best_page_size(dim: int, value_dim: int) -> int:
 
 
 def tile_config(
-    heads: int, kv_heads: int, dim: int, value_dim: int, target: str, page_size: int | None = None
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    target: str,
+    page_size: int | None = None,
+    float32: bool = False,
 ) -> TileConfig:
     """target: "sm_90", "sm_80", "gfx942", ... as `compile_check.TARGETS`; "cpu" for the interpreter.
-    page_size: of a pool that is there already; a power of two, at least 16.
+    page_size: of a pool that is there already; a power of two, at least 16. float32: products are in float32.
 
     Stages: page ids are loaded before pages, and Triton shares the stages between the two: 5 gives two buffers of KV,
     3 only one. Chips that fetch pages by pointer keep addresses in registers: smaller tiles, or registers spill.
+
+    Exact float32 products run on no tensor core of NVIDIA's: each thread reads whole rows of both operands, which only
+    small tiles and pages that are not fetched ahead leave registers for. Programs side by side wait for memory instead.
     """
     wide = _padded(max(dim, value_dim)) > _WIDE
-    descriptors = target.startswith("sm_") and int(target[3:].rstrip("af")) >= 90
+    is_nvidia = target.startswith("sm_")
+    descriptors = is_nvidia and int(target[3:].rstrip("af")) >= 90
     large_rows = 64 if descriptors else 32
+    num_warps, stages = 8 if wide else 4, 5 if descriptors else 3 if is_nvidia else 2
+    if float32 and target != "cpu":
+        large_rows, num_warps, stages = _SMALL_ROWS, 8 if is_nvidia else 4, 1
     return TileConfig(
         page_size=page_size or best_page_size(dim, value_dim),
         small_rows=_SMALL_ROWS,
         large_rows=large_rows,
         group_splits=-(-heads // kv_heads // large_rows),
-        num_warps=8 if wide else 4,
-        stages=5 if descriptors else 3 if target.startswith("sm_") else 2,
+        num_warps=num_warps,
+        stages=stages,
         descriptors=descriptors,
     )
 

@@ -108,8 +108,9 @@ def _attend_tile(
 ):  # fmt: skip
     """One tile for the query heads of one KV head. Packed row r is row r // HEADS of the tile, head r % HEADS."""
     HEADS: tl.constexpr = (GROUP + GROUP_SPLITS - 1) // GROUP_SPLITS
-    BLOCK_DIM: tl.constexpr = triton.next_power_of_2(DIM)
-    BLOCK_VALUE: tl.constexpr = triton.next_power_of_2(VALUE_DIM)
+    # 16 at least: what a matrix product sums over on NVIDIA's chips.
+    BLOCK_DIM: tl.constexpr = 16 if DIM < 16 else triton.next_power_of_2(DIM)
+    BLOCK_VALUE: tl.constexpr = 16 if VALUE_DIM < 16 else triton.next_power_of_2(VALUE_DIM)
     packed = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     value_dims = tl.arange(0, BLOCK_VALUE)
@@ -242,11 +243,11 @@ def _page(
     pool, page, kv_head, page_stride, head_stride, token_stride,
     PAGE: tl.constexpr, DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[PAGE, DIM rounded up to a power of two], zeros beyond DIM."""
+    """[PAGE, DIM rounded up to a power of two, 16 at least], zeros beyond DIM."""
     if DESCRIPTORS:
         return pool.load([page * page_stride + kv_head * head_stride, kv_head * token_stride])
     else:
-        BLOCK_DIM: tl.constexpr = triton.next_power_of_2(DIM)
+        BLOCK_DIM: tl.constexpr = 16 if DIM < 16 else triton.next_power_of_2(DIM)
         dims = tl.arange(0, BLOCK_DIM)
         start = pool + page.to(tl.int64) * page_stride + kv_head.to(tl.int64) * head_stride
         pointers = start + tl.arange(0, PAGE)[:, None] * token_stride + dims[None, :]

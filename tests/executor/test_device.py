@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import sysconfig
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -9,7 +15,15 @@ from transformers import LlamaConfig
 from batchllm.errors import JobError, ModelError
 from batchllm.executor import budget, device_memory, model
 from batchllm.executor.budget import kv_token_budget
-from batchllm.executor.device import Gpu, Machine, Placement, choose_device, this_machine
+from batchllm.executor.device import (
+    Gpu,
+    Machine,
+    Placement,
+    choose_device,
+    has_compiler,
+    has_headers,
+    this_machine,
+)
 from batchllm.executor.device_memory import activation_bytes, largest_pool
 from batchllm.executor.model import prepare_model
 from batchllm.executor.ready_model import load_ready_model
@@ -20,6 +34,8 @@ GPU = Gpu("a GPU", True, 80 << 30, CPU)
 LACKING = {
     "no GPU": (Machine(None, "torch finds no GPU"), "torch finds no GPU"),
     "triton": (Machine(GPU, has_triton=False), "triton is not installed; run pip install triton or"),
+    "compiler": (Machine(GPU, has_compiler=False), "Triton finds no C compiler; install gcc"),
+    "headers": (Machine(GPU, has_headers=False), "Triton finds no Python.h; install"),
     "bfloat16": (Machine(Gpu("Tesla T4", False, 16 << 30, CPU)), "Tesla T4 does not compute in bfloat16"),
     "memory": (Machine(Gpu("a GPU", True, 15 << 30, CPU)), "weights take 16.0 GB and a GPU has 16.1 GB free"),
 }
@@ -60,6 +76,52 @@ def test_this_machine_says_what_is_missing() -> None:
     machine = this_machine()
     assert (machine.gpu is None) == (not torch.cuda.is_available())
     assert machine.gpu is not None or machine.missing
+
+
+def test_a_compiler_is_looked_for_where_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    there = {"clang"}
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    assert has_compiler()
+    there.clear()
+    assert not has_compiler()
+    there.add("cc")
+    assert not has_compiler()
+    monkeypatch.setenv("CC", "cc")
+    assert has_compiler()
+
+
+def test_headers_are_looked_for_where_triton_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    asked = []
+
+    def get_path(name: str, scheme: str) -> str:
+        asked.append((name, scheme))
+        return str(tmp_path / "include")
+
+    monkeypatch.setattr(sysconfig, "get_path", get_path)
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
+    assert not has_headers() and asked == [("include", "posix_prefix")]
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CPATH", f"/nowhere:{tmp_path}")
+    assert has_headers()
+
+
+def test_what_nothing_refers_to_any_more_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        itself: object
+
+    held = Held()
+    held.itself = held
+    found = weakref.ref(held)
+    del held
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (0 if found() else 7, 9))
+    gc.disable()
+    try:
+        assert device_memory.free_bytes(torch.device("cuda")) == 7
+    finally:
+        gc.enable()
 
 
 def test_a_pool_that_does_not_fit_is_made_smaller() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton.language as tl
@@ -30,7 +30,9 @@ class Variant:
         return self.value_dim or self.dim
 
     def config(self, target: str) -> TileConfig:
-        return tile_config(self.heads, self.kv_heads, self.dim, self.values, target)
+        return tile_config(
+            self.heads, self.kv_heads, self.dim, self.values, target, float32=self.kv_type == "fp32"
+        )
 
 
 # What a default run uses, by the models it is for.
@@ -50,8 +52,27 @@ VARIANTS = {
         heads=16, kv_heads=8, dim=256, softcap=True, window=4096
     ),
     "192 keys, 128 values (DeepSeek)": Variant(kv_heads=32, dim=192, value_dim=128),
+    "8, 2 heads (tiny models of tests)": Variant(heads=4, kv_heads=2, dim=8),
 }
-_DOT_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp8e4nv": tl.float16, "fp8e4b8": tl.float16}
+FLOAT32_VARIANTS = {
+    "float32, 128, 4 heads": Variant(kv_type="fp32"),
+    "float32, 128, 7 heads": Variant(heads=28, kv_heads=4, kv_type="fp32"),
+    "float32, 64, 8 heads, sinks and window": replace(
+        VARIANTS["64, 8 heads, sinks and window (gpt-oss)"], kv_type="fp32"
+    ),
+    "float32, 256, 2 heads, soft cap and window": replace(
+        VARIANTS["256, 2 heads, soft cap and window (Gemma 2 9B)"], kv_type="fp32"
+    ),
+    "float32, 192 keys, 128 values": replace(VARIANTS["192 keys, 128 values (DeepSeek)"], kv_type="fp32"),
+    "float32, 8, 2 heads": replace(VARIANTS["8, 2 heads (tiny models of tests)"], kv_type="fp32"),
+}
+_DOT_TYPES = {
+    "fp32": tl.float32,
+    "bf16": tl.bfloat16,
+    "fp16": tl.float16,
+    "fp8e4nv": tl.float16,
+    "fp8e4b8": tl.float16,
+}
 
 
 def compile_attention(compiler: Compiler, variant: Variant, target: str, **changes: Any) -> Compiled:
@@ -60,19 +81,21 @@ def compile_attention(compiler: Compiler, variant: Variant, target: str, **chang
     integers = (
         "tiles", "num_tiles", "tile_rows", "tile_slots", "positions", "entry_pages", "entry_positions", "entry_fills"
     )  # fmt: skip
+    stride = "i32:16" if variant.dim % 16 == variant.values % 16 == 0 else "i32"
     strides = [name for name in attend_tiles.arg_names if name.endswith("_stride")]
+    model, parts = ("*fp32", "*fp32") if variant.kv_type == "fp32" else ("*bf16", "*fp16")
     signature = {
-        "query": "*bf16",
+        "query": model,
         "keys": _pool(variant.kv_type, config, variant.dim),
         "values": _pool(variant.kv_type, config, variant.values),
-        "output": "*bf16",
-        "part_output": "*fp16",
+        "output": model,
+        "part_output": parts,
         "part_lse": "*fp32",
-        "sinks": "*bf16",
+        "sinks": model,
         **dict.fromkeys(integers, "*i32"),
         **dict.fromkeys(("key_scales", "value_scales"), "*fp32"),
         **dict.fromkeys(("score_scale", "softcap"), "fp32"),
-        **dict.fromkeys(strides, "i32:16"),
+        **dict.fromkeys(strides, stride),
     }
     constexprs = {
         "KV_HEADS": variant.kv_heads,
@@ -95,12 +118,15 @@ def compile_attention(compiler: Compiler, variant: Variant, target: str, **chang
     return compiler.compile_for(attend_tiles, signature, constexprs, target, num_warps=config.num_warps)
 
 
-def compile_merge(compiler: Compiler, target: str, heads: int = 32, dim: int = 128) -> Compiled:
+def compile_merge(
+    compiler: Compiler, target: str, heads: int = 32, dim: int = 128, float32: bool = False
+) -> Compiled:
+    model = "*fp32" if float32 else "*bf16"
     signature = {
-        "part_output": "*fp16",
+        "part_output": "*fp32" if float32 else "*fp16",
         "part_lse": "*fp32",
-        "output": "*bf16",
-        "sinks": "*bf16",
+        "output": model,
+        "sinks": model,
         **dict.fromkeys(("merge_rows", "merge_ptr", "num_rows"), "*i32"),
         **dict.fromkeys(("output_row_stride", "output_head_stride"), "i32:16"),
     }
@@ -109,5 +135,5 @@ def compile_merge(compiler: Compiler, target: str, heads: int = 32, dim: int = 1
 
 
 def _pool(kv_type: str, config: TileConfig, dim: int) -> str:
-    columns = 1 << (dim - 1).bit_length()
+    columns = max(16, 1 << (dim - 1).bit_length())
     return f"tensordesc<{kv_type}[{config.page_size},{columns}]>" if config.descriptors else f"*{kv_type}"

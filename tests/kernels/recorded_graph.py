@@ -16,11 +16,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 _WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+_EXPERTS = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 Call = tuple[Callable[[], Any], list[Tensor]]
+
+
+def _waits(func: Any, args: Any) -> bool:
+    """Whether a GPU's host would wait in this operation. Experts in other types than bfloat16 are multiplied with one
+    by one, and the host has to know how many tokens each of them gets."""
+    name = func._schema.name
+    return name in _WAITS or (name in _EXPERTS and args[0].dtype != torch.bfloat16)
 
 
 class _Waits(Exception):
     """The step reads a number from the device while it is recorded."""
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what a GPU's step would wait in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _waits(func, args):
+            self.waits.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 class _Notes(TorchDispatchMode):
@@ -29,7 +50,7 @@ class _Notes(TorchDispatchMode):
         self._calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in _WAITS:
+        if _waits(func, args):
             raise _Waits
         result = func(*args, **(kwargs or {}))
         outputs = _tensors(result)
@@ -61,8 +82,16 @@ class CpuRecorder:
 
     def __init__(self, kernels: RecordedKernels):
         self._kernels = kernels
+        self.failure = ""
+        self.records = 0  # tried
+
+    def watch(self, step: Callable[[], object]) -> str | None:
+        with _Watch() as watch:
+            step()
+        return f"{watch.waits[0]} waits for the device" if watch.waits else None
 
     def record(self, step: Callable[[], None], state: Sequence[Tensor]) -> RecordedGraph | None:
+        self.records += 1
         before = [tensor.clone() for tensor in state]
         calls: list[Call] = []
         self._kernels.calls = calls
@@ -70,6 +99,7 @@ class CpuRecorder:
             with torch.inference_mode(), _Notes(calls):
                 step()
         except _Waits:
+            self.failure = "recording failed"
             return None
         finally:
             self._kernels.calls = None

@@ -10,19 +10,20 @@ from pathlib import Path
 
 from batchllm_kernels.compile_check import Compiled, Compiler
 
-from tests.kernels.attention_variants import VARIANTS, compile_attention, compile_merge
+from tests.kernels.attention_variants import FLOAT32_VARIANTS, VARIANTS, compile_attention, compile_merge
 from tests.kernels.step_kernels import STEP_KERNELS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 TARGET = "sm_90"
 _ATTENTION, _MERGE = "attend_tiles, ", "merge_parts, "
-KERNELS = [*(_ATTENTION + name for name in VARIANTS), _MERGE + "32 heads of 128", *STEP_KERNELS]
+_VARIANTS = VARIANTS | FLOAT32_VARIANTS
+KERNELS = [*(_ATTENTION + name for name in _VARIANTS), _MERGE + "32 heads of 128", *STEP_KERNELS]
 _HEADER = "| kernel | registers | spilled bytes | shared bytes | programs per SM |"
 
 
 def compile_row(compiler: Compiler, kernel: str) -> Compiled:
     if kernel.startswith(_ATTENTION):
-        return compile_attention(compiler, VARIANTS[kernel.removeprefix(_ATTENTION)], TARGET)
+        return compile_attention(compiler, _VARIANTS[kernel.removeprefix(_ATTENTION)], TARGET)
     if kernel.startswith(_MERGE):
         return compile_merge(compiler, TARGET)
     return STEP_KERNELS[kernel].compile(compiler, TARGET)

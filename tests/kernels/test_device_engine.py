@@ -5,7 +5,9 @@ Kernels are their torch references here; graphs freeze what a CUDA graph freezes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -16,7 +18,7 @@ from batchllm_kernels.reference_set import TorchKernels
 
 from batchllm.core import SamplingParams
 from batchllm.errors import JobError
-from batchllm.executor import device_engine
+from batchllm.executor import device_engine, device_model
 from batchllm.executor.device import Gpu, Placement
 from batchllm.executor.device_engine import DeviceEngine
 from batchllm.executor.engine import Engine
@@ -55,8 +57,11 @@ def run_on_device(architecture: str, params: SamplingParams, **options: Any) -> 
     runner.unfuse()
     runner.fuse()
 
+    make_recorder, make = options.pop("make_recorder", CpuRecorder), options.pop("engine", DeviceEngine)
+
     def make_engine(*arguments: Any) -> Engine:
-        return DeviceEngine(*arguments, recorder=CpuRecorder(kernels))
+        engine: Engine = make(*arguments, recorder=make_recorder(kernels))
+        return engine
 
     prompts = options.pop("prompts", prompts_of_every_kind())
     return run(runner, prompts, params, make_engine=make_engine, **{"max_step_tokens": 64, **options})
@@ -125,19 +130,139 @@ def test_steps_are_replayed_without_the_host() -> None:
     assert stats.plans <= 4
 
 
-def test_a_step_that_waits_for_the_device_is_never_recorded() -> None:
-    runner = device_runner("qwen3_moe")  # transformers' experts pick their tokens on the host
-    outcome = run_on_device("qwen3_moe", SamplingParams(max_tokens=6, ignore_eos=True))
+def test_a_step_that_waits_for_the_device_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it tried: torch does not recover from that."""
+    mlp = device_model._Layer.mlp
+
+    def waiting(self: Any, normed: torch.Tensor) -> torch.Tensor:
+        return mlp(self, normed * bool(normed.isfinite().all()))
+
+    monkeypatch.setattr(device_model._Layer, "mlp", waiting)
+    prompts = [[number, 7, 8, 9, 10, 11] for number in range(4, 10)]
+    outcome = run_on_device("llama", SamplingParams(max_tokens=9, ignore_eos=True), prompts=prompts)
+    engine: Any = outcome.engine
+    stats = engine.decode.stats
+    assert (stats.launched, stats.recorded, stats.replayed) == (8, 0, 0)
+    assert engine._recorder.records == 0
+    assert "waits for the device" in stats.not_recorded
+
+
+def test_experts_in_float32_are_not_recorded() -> None:
+    prompts = [[number, 7, 8, 9, 10, 11] for number in range(4, 10)]
+    outcome = run_on_device("qwen3_moe", SamplingParams(max_tokens=9, ignore_eos=True), prompts=prompts)
     stats = outcome.engine.decode.stats  # type: ignore[attr-defined]
-    assert runner.fused and stats.recorded == stats.replayed == 0 and stats.launched > 1
+    assert (stats.launched, stats.recorded) == (8, 0) and stats.not_recorded
+
+
+class SettlingRecorder(CpuRecorder):
+    """The first step waits for the device, to set something up; no other does."""
+
+    watched = 0
+
+    def watch(self, step: Callable[[], object]) -> str | None:
+        self.watched += 1
+        return super().watch(step) or ("something is set up" if self.watched == 1 else None)
+
+
+def test_a_step_that_waits_at_first_only_is_recorded() -> None:
+    prompts = [[number, 7, 8, 9, 10, 11] for number in range(4, 10)]
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    outcome = run_on_device("llama", params, prompts=prompts, make_recorder=SettlingRecorder)
+    stats = outcome.engine.decode.stats  # type: ignore[attr-defined]
+    assert (stats.launched, stats.recorded, stats.replayed) == (2, 1, 6)
+    assert stats.not_recorded == ""
+
+
+class FailingRecorder(CpuRecorder):
+    def record(self, *_: Any) -> None:
+        self.records += 1
+        self.failure = "recording failed"
+
+
+def test_a_step_that_cannot_be_recorded_after_all_is_not_tried_again() -> None:
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    outcome = run_on_device("llama", params, prompts=[[5, 6, 7]], make_recorder=FailingRecorder)
+    engine: Any = outcome.engine
+    assert engine.decode.stats.launched == 8 and engine._recorder.records == 1
+    assert engine.decode.stats.not_recorded == "recording failed"
+
+
+@pytest.fixture
+def without_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collection")
+def test_a_pool_and_its_graphs_are_gone_with_their_engine() -> None:
+    outcome = run_on_device("llama", SamplingParams(max_tokens=MAX_TOKENS))
+    engine: Any = outcome.engine
+    assert engine.decode.stats.recorded
+    pool, decode = weakref.ref(engine.pool), weakref.ref(engine.decode)
+    del outcome, engine
+    assert pool() is None and decode() is None
+
+
+class KeptEngine(DeviceEngine):
+    made: KeptEngine
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        KeptEngine.made = self
+
+
+@pytest.mark.usefixtures("without_collection")
+@pytest.mark.parametrize("failing", ["a step", "the caller"])
+def test_a_run_that_is_broken_off_gives_memory_back(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ValueError("it fails")
+
+    def fail_once_recorded(_: PagedPool) -> None:
+        if KeptEngine.made.decode.stats.recorded:
+            raise error
+
+    if failing == "a step":
+        fail_in(monkeypatch, lambda call: call == 12, error)
+    else:
+        monkeypatch.setattr(PagedPool, "check_integrity", fail_once_recorded)
+    with pytest.raises(ValueError, match="it fails"):
+        run_on_device("llama", SamplingParams(max_tokens=MAX_TOKENS), engine=KeptEngine)
+    error.__traceback__ = None
+    engine: Any = KeptEngine.made
+    assert engine.decode.stats.recorded, "no graph was alive"
+    assert engine.pool.keys == engine.pool.values == [] and not engine.decode._batches
+
+
+def test_steps_without_logits_do_not_reach_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long prompt's middle; transformers' experts cannot be called with no token at all."""
+    mlp = device_model._Layer.mlp
+
+    def checked(self: Any, normed: torch.Tensor) -> torch.Tensor:
+        assert len(normed), "no token for the experts"
+        return mlp(self, normed)
+
+    monkeypatch.setattr(device_model._Layer, "mlp", checked)
+    params = SamplingParams(max_tokens=3)
+    outcome = run_on_device("qwen3_moe", params, max_step_tokens=5)
+    assert outcome.results == expected("qwen3_moe", params)
+
+
+OUT_OF_MEMORY = {
+    "torch": torch.OutOfMemoryError(),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "a graph": torch.AcceleratorError("CUDA error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
 
 
 @pytest.mark.parametrize("failing", [2, 5, 9])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_memory_that_runs_out_in_a_step_is_answered_by_a_smaller_pool(
-    failing: int, monkeypatch: pytest.MonkeyPatch
+    failing: int, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = SamplingParams(max_tokens=MAX_TOKENS)
-    fail_in(monkeypatch, lambda call: call == failing)
+    fail_in(monkeypatch, lambda call: call == failing, OUT_OF_MEMORY[error])
     outcome = run_on_device("llama", params, kv_tokens=2048)
     assert outcome.results == expected("llama", params)
     assert isinstance(outcome.engine.pool, PagedPool) and 1500 < outcome.engine.pool.capacity < 2048
@@ -150,8 +275,18 @@ def test_a_step_that_never_fits_is_one_sentence(monkeypatch: pytest.MonkeyPatch)
         run_on_device("llama", SamplingParams(max_tokens=4))
 
 
-def fail_in(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
-    """Forward passes for which `fails` holds find no memory."""
+def test_any_other_error_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_in(monkeypatch, lambda call: call == 5, RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_on_device("llama", SamplingParams(max_tokens=MAX_TOKENS))
+
+
+def fail_in(
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[[int], bool],
+    error: Exception = OUT_OF_MEMORY["torch"],
+) -> None:
+    """Forward passes for which `fails` holds raise `error`."""
     calls = 0
     logits = ModelRunner.logits
 
@@ -159,7 +294,7 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> No
         nonlocal calls
         calls += 1
         if fails(calls):
-            raise torch.OutOfMemoryError
+            raise error
         return logits(*arguments)
 
     monkeypatch.setattr(ModelRunner, "logits", failing)

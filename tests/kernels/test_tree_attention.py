@@ -60,6 +60,8 @@ CASES = {
     "sinks": Case(sinks=True),
     "sinks in a window, parts": Case(sinks=True, window=25, resident=9999, least_split=16),
     "many parts": Case(resident=9999, least_split=16, longest=100),
+    "head dim 8": Case(dim=8, value_dim=8),
+    "head dim 4, wider values": Case(dim=4, value_dim=24),
     "head dim 80": Case(dim=80, value_dim=80, kv_heads=1),
     "head dim 96": Case(dim=96, value_dim=96, kv_heads=1),
     "head dim 128": Case(dim=128, value_dim=128, kv_heads=1),
@@ -74,6 +76,7 @@ CASES = {
     "heads before pages": Case(layout="head, page, token"),
     "descriptors": Case(descriptors=True),
     "descriptors, tokens before heads": Case(descriptors=True, layout="page, token, head"),
+    "descriptors, head dim 8": Case(descriptors=True, dim=8, value_dim=8),
     "descriptors, head dim 80": Case(descriptors=True, dim=80, value_dim=80, kv_heads=2),
     "descriptors, head dim 80, tokens before heads": Case(
         descriptors=True, dim=80, value_dim=80, layout="page, token, head"
