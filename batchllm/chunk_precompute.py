@@ -114,7 +114,7 @@ def _load_prompts(
 ) -> tuple[PromptTable, ChunkTable]:
     """Faults are those that a run would give the rows for their prompts."""
     tokenizer = load_tokenizer(job.model.path, job.model.trust_remote_code)
-    data = open_input(job.input, job.source)
+    data = open_input(job.input, job.source, job.output.folders)
     validate_columns(job, data.schema)
     with progress.stage("tokenizing", data.num_rows) as stage:
         rows = load_rows(job, data, tokenizer, work_dir, stage)
