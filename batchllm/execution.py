@@ -96,8 +96,12 @@ def answer_all(run: Execution) -> None:
     if store.done.all():
         return
     from batchllm.executor.budget import too_long
+    from batchllm.executor.native import missing_kernels_note
 
     run.model = run.model or load_checked_model(job, run.watch, run.placement)
+    note = missing_kernels_note(run.model.model)
+    if note:
+        run.progress.note(note)
     _open_chunks(run)
     hopeless, reason = too_long(prompts, requests, candidates.pending(store.done), run.model.kv_tokens)
     run.add([error_of(int(request), reason, prompts, requests) for request in np.flatnonzero(hopeless)])

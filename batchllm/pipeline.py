@@ -208,6 +208,14 @@ def _chunk_figures(run: Execution) -> dict[str, Any]:
     return figures
 
 
+def _without_kernels(run: Execution) -> str | None:
+    if run.model is None:
+        return None
+    from batchllm.executor.native import why_no_kernels
+
+    return why_no_kernels(run.model.model)
+
+
 def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSummary:
     store, engines, path = run.store, run.engines, run.job.output.path
     sequences = sum(plan.sequences for plan in run.plans)
@@ -235,6 +243,7 @@ def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSum
             "refreshed": run.refreshed_lengths.figures(),
         },
         chunks=_chunk_figures(run),
+        without_kernels=_without_kernels(run),
     )
     write_metrics(path / "_run" / "metrics.json", metrics)
     return _summary_of(path, metrics, interrupted)

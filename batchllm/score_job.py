@@ -19,6 +19,7 @@ from batchllm.errors import JobError
 from batchllm.execution import load_before_opening, load_checked_model
 from batchllm.executor.gate import check_lengths
 from batchllm.executor.model_folder import fingerprint
+from batchllm.executor.native import missing_kernels_note, why_no_kernels
 from batchllm.job import JobSpec
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress
@@ -69,10 +70,13 @@ def run_score_job(
             claim=claim,
         ) as store:
             store.add(faults_of(~store.done, rows.prompts, requests))
-            run, interrupted = None, False
+            run, model, interrupted = None, None, False
             try:
                 if not store.done.all():
                     model = (loaded or load_checked_model(job, watch, placement)).model
+                    note = missing_kernels_note(model)
+                    if note:
+                        progress.note(note)
                     spans = _Spans(rows, requests, ~store.done, prefix, max_length)
                     run = _table_run(model, tokenizer, spans, job)
                     done = int(store.done.sum())
@@ -85,7 +89,7 @@ def run_score_job(
             except KeyboardInterrupt:
                 store.flush()
                 interrupted = True
-            metrics = _metrics(store, watch, run)
+            metrics = _metrics(store, watch, run, model)
             write_metrics(job.output.path / "_run" / "metrics.json", metrics)
             return metrics, interrupted
 
@@ -185,7 +189,9 @@ def _configuration(job: JobSpec, prefix: int, max_length: int) -> bytes:
     return json.dumps(about).encode()
 
 
-def _metrics(store: ResultStore, watch: Stopwatch, run: TableRun | None) -> RunMetrics:
+def _metrics(
+    store: ResultStore, watch: Stopwatch, run: TableRun | None, model: ModelRunner | None
+) -> RunMetrics:
     stats, plan = (None, None) if run is None else (run.stats, run.plan_stats)
     return RunMetrics(
         rows_ok=int(store.done.sum()) - store.num_errors,
@@ -202,4 +208,5 @@ def _metrics(store: ResultStore, watch: Stopwatch, run: TableRun | None) -> RunM
         kv_peak_bytes=run.kv_peak_bytes if run else 0,
         rss_peak_bytes=rss_peak_bytes(),
         preemptions=stats.preemptions if stats else 0,
+        without_kernels=None if model is None else why_no_kernels(model),
     )

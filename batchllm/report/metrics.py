@@ -40,6 +40,7 @@ class RunMetrics:
     # Where the job reuses stored chunks: tokens placed and repaired, bytes read, seconds of loading and waiting, and
     # with lossy reuse `quality`: a sample of answers against a full computation (see chunkcache.answer_quality).
     chunks: Mapping[str, Any] = field(default_factory=dict)
+    without_kernels: str | None = None  # why a run on a CPU did without the kernels in C
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property

@@ -41,7 +41,8 @@ def test_metrics_file(tmp_path: Path) -> None:
     assert set(
         "rows_ok rows_error rows_resumed prompt_tokens prompt_tokens_computed distinct_prompt_tokens output_tokens "
         "steps wall_seconds seconds kv_budget_bytes kv_peak_bytes rss_peak_bytes preemptions predicted versions "
-        "saved_fraction mean_output_tokens prompt_tokens_saved_by_reordering length_errors chunks".split()
+        "saved_fraction mean_output_tokens prompt_tokens_saved_by_reordering length_errors chunks "
+        "without_kernels".split()
     ) == set(found)
     assert (found["steps"], found["kv_peak_bytes"]) == (7, 5)
     assert found["seconds"]["run"] == 100.0

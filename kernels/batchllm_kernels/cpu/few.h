@@ -51,7 +51,8 @@ static inline __attribute__((always_inline)) void score_few(const Job *job, Work
         for (int i = 0; i < rows; i++) {
             float *to = w->scores + i * KEYS + key;
             if (fours == 4) _mm512_storeu_ps(to, scores);
-            else if (fours == 2) _mm256_storeu_ps(to, _mm512_extractf32x8_ps(scores, i & 1));
+            else if (fours == 2 && i == 0) _mm256_storeu_ps(to, _mm512_extractf32x8_ps(scores, 0));
+            else if (fours == 2) _mm256_storeu_ps(to, _mm512_extractf32x8_ps(scores, 1));
             else if (i == 0) _mm_storeu_ps(to, _mm512_extractf32x4_ps(scores, 0));
             else if (i == 1) _mm_storeu_ps(to, _mm512_extractf32x4_ps(scores, 1));
             else if (i == 2) _mm_storeu_ps(to, _mm512_extractf32x4_ps(scores, 2));
