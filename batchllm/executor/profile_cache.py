@@ -15,6 +15,7 @@ import xxhash
 from batchllm_kernels.cpu.build import sources
 
 from batchllm.core import SamplingParams
+from batchllm.executor.native import native_kernels
 from batchllm.planner.hardware import DeviceProfile, RateCurve
 from batchllm.user_cache import user_cache_folder
 from batchllm.versions import versions
@@ -54,7 +55,7 @@ def _path(fingerprint: str, dtype: str, params: SamplingParams) -> Path:
         "threads": torch.get_num_threads(),
         "device": [platform.node(), platform.machine(), _cpu_name(), os.cpu_count()],
         "versions": versions(),
-        "kernels": xxhash.xxh3_64_hexdigest(sources()),
+        "kernels": [xxhash.xxh3_64_hexdigest(sources()), native_kernels(torch.bfloat16) is not None],
         "sampling": [params.greedy, params.top_p < 1, params.top_k > 0, params.min_p > 0, params.logprobs],
         "profile": [field.name for field in fields(DeviceProfile)],
     }

@@ -143,3 +143,10 @@ def test_a_cache_that_does_not_work_is_no_fault(cache, measured, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert get() == first
     assert len(measured) == 7
+
+
+def test_measured_anew_with_or_without_the_kernels(cache, measured, monkeypatch):
+    for kernels in (None, object(), None):
+        monkeypatch.setattr(profile_cache, "native_kernels", lambda _dtype, kernels=kernels: kernels)
+        profile_cache.calibrated_profile(Model(), "a", GREEDY, may_measure=True)
+    assert len(measured) == len(list(cache.iterdir())) == 2
