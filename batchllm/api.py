@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchllm import exit_codes
 from batchllm.job import load_job, make_job
 
 if TYPE_CHECKING:
@@ -32,6 +33,6 @@ def run(
     else:
         spec = load_job(job, overrides or {})
     summary = run_job(spec, overwrite=overwrite, quiet=quiet)
-    if summary.exit_code == 130:  # a script must not go on with a part of the table
+    if summary.exit_code == exit_codes.INTERRUPTED:  # a script must not go on with a part of the table
         raise KeyboardInterrupt
     return summary

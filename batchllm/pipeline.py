@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchllm import exit_codes
 from batchllm.candidates import Candidates
 from batchllm.chunkcache.store_opening import check_store
 from batchllm.collection import resume_collection
@@ -78,11 +79,10 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     validate_columns(job, data.schema)
     identity = json.dumps({"input": job.input.path, "format": job.input.format})
     if job.chunks is not None and job.chunks.reuse != "off":
+        from batchllm.chunk_reuse import refuse_gpu
+
         check_store(job.chunks.store)
-        if placement.gpu is not None:
-            raise JobError(
-                f"{job.source}: chunks: stored chunks are reused on the CPU only; set engine.device to cpu"
-            )
+        refuse_gpu(job, placement)
     if job.output.cache is not None:
         check_cache(job.output.cache, job.source)
     with claim_output(job.output.path, identity, overwrite) as claim:
@@ -243,5 +243,6 @@ def _summary(run: Execution, reordering_saves: int, interrupted: bool) -> RunSum
 
 
 def _summary_of(path: Path, metrics: RunMetrics, interrupted: bool) -> RunSummary:
-    code = 130 if interrupted else 3 if metrics.rows_error else 0
+    finished = exit_codes.SOME_FAILED if metrics.rows_error else exit_codes.OK
+    code = exit_codes.INTERRUPTED if interrupted else finished
     return RunSummary(path, code, metrics, summary_text(metrics, path))
