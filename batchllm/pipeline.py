@@ -19,7 +19,6 @@ from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
-from batchllm.errors import JobError
 from batchllm.execution import Execution, answer_all, load_before_opening
 from batchllm.executor.generation_config import generation_notes, load_generation_config
 from batchllm.executor.model_folder import check_model_folder, fingerprint
