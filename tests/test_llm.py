@@ -236,6 +236,6 @@ def test_what_the_generation_config_would_do_is_said(model_folder: Path, tmp_pat
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
     with pytest.warns(
-        UserWarning, match=r"a repetition_penalty of 1\.05, .*; SamplingParams\.repetition_penalty"
+        UserWarning, match=r"states repetition_penalty 1\.05, .*; SamplingParams\.repetition_penalty"
     ):
         LLM(model=str(folder), kv_memory="1MiB")
