@@ -299,11 +299,11 @@ def test_what_the_generation_config_would_do_is_said(
     (model / "generation_config.json").write_text(json.dumps({**stated, "temperature": 0.7, "top_k": 20}))
     job = make_job(tmp_path / "job", model, questions(3))
     sentences = [
-        "The model's generation_config.json has a repetition_penalty of 1.05, which transformers' generate applies "
+        "The model's generation_config.json states repetition_penalty 1.05, which transformers' generate applies "
         "and BatchLLM does not; generate.repetition_penalty sets it.",
-        "The model's generation_config.json has a suppress_tokens, which transformers' generate applies and "
+        "The model's generation_config.json states suppress_tokens, which transformers' generate applies and "
         "BatchLLM does not; generate.logit_bias sets it.",
-        "The model's generation_config.json has a forced_eos_token_id of 0, which transformers' generate applies and "
+        "The model's generation_config.json states forced_eos_token_id 0, which transformers' generate applies and "
         "BatchLLM does not; there is no parameter for it.",
     ]
     assert plan(job, capsys)["warnings"] == sentences

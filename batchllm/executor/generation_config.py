@@ -48,10 +48,10 @@ def generation_notes(
         changes = value is not None if name in _IDS else bool(value) and value != _NEUTRAL.get(name)
         if not changes or parameter in given:
             continue
-        shown = f" of {value}" if isinstance(value, int | float | str) else ""
+        shown = f" {value}" if isinstance(value, int | float | str) else ""
         remedy = f"{section}.{parameter} sets it" if parameter else "there is no parameter for it"
         notes.append(
-            f"The model's generation_config.json has a {name}{shown}, which transformers' generate applies and "
+            f"The model's generation_config.json states {name}{shown}, which transformers' generate applies and "
             f"BatchLLM does not; {remedy}."
         )
     return notes
