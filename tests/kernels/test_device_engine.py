@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from batchllm_kernels.reference_set import TorchKernels
+from batchllm_kernels.tile_config import TileConfig, tile_config
 
 from batchllm.core import SamplingParams
 from batchllm.errors import JobError
@@ -25,6 +26,7 @@ from batchllm.executor.engine import Engine
 from batchllm.executor.model import ModelRunner, prepare_model
 from batchllm.executor.paged_backend import PagedBackend
 from batchllm.executor.paged_pool import PagedPool
+from batchllm.executor.parity import check_parity
 from tests.executor.harness import Outcome, run
 from tests.executor.test_exactness import Optimist, prompts_of_every_kind
 from tests.executor.tiny_models import configurations, make_model
@@ -232,6 +234,25 @@ def test_a_run_that_is_broken_off_gives_memory_back(failing: str, monkeypatch: p
     engine: Any = KeptEngine.made
     assert engine.decode.stats.recorded, "no graph was alive"
     assert engine.pool.keys == engine.pool.values == [] and not engine.decode._batches
+
+
+def test_tiles_suit_the_type_of_the_model() -> None:
+    configs: list[TileConfig] = []
+
+    class Noted(TorchKernels):
+        def tree_attention(self, *arguments: Any) -> torch.Tensor:
+            configs.append(arguments[5])
+            return super().tree_attention(*arguments)
+
+    runner = device_runner("llama")
+    backend = PagedBackend(CPU, page_size=16, kernels=Noted(cpu_noise))
+    backend.target = "sm_90"
+    runner.backend = backend
+    runner.unfuse()
+    check_parity(runner)
+    heads = runner.config.num_attention_heads, runner.config.num_key_value_heads
+    dim = runner.layers[0].key_dim
+    assert set(configs) == {tile_config(*heads, dim, dim, "sm_90", 16, float32=True)}
 
 
 def test_steps_without_logits_do_not_reach_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:

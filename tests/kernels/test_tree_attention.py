@@ -54,6 +54,10 @@ CASES = {
     "seven heads": Case(group=7, large_rows=64),
     "more heads than a small tile": Case(group=20, kv_heads=1),
     "more heads than a large tile": Case(group=37, kv_heads=1, group_splits=2, longest=20),
+    "tiles of one size": Case(group=7, large_rows=16),
+    "tiles of one size, more heads than fit": Case(
+        group=20, kv_heads=1, large_rows=16, group_splits=2, longest=20
+    ),
     "window": Case(window=11),
     "window of one": Case(window=1),
     "soft cap": Case(softcap=3.0),
