@@ -15,6 +15,7 @@ import xxhash
 from batchllm_kernels.cpu.build import sources
 
 from batchllm.core import SamplingParams
+from batchllm.executor.native import native_kernels
 from batchllm.planner.hardware import DeviceProfile, RateCurve
 from batchllm.user_cache import user_cache_folder
 from batchllm.versions import versions
@@ -30,20 +31,26 @@ def calibrated_profile(
 
     Nothing that goes wrong with the cache matters: then the device is measured again next time.
     """
-    path = _path(fingerprint, str(model.dtype).removeprefix("torch."), params)
-    profile = _read(path)
+    dtype = str(model.dtype).removeprefix("torch.")
+    profile = stored_profile(fingerprint, dtype, params)
     if profile is not None or not may_measure:
         return profile
     from batchllm.executor.calibrate import calibrate
 
     profile = calibrate(model, params)
-    _write(path, profile)
+    _write(_path(fingerprint, dtype, params), profile)
     return profile
 
 
 def stored_profile(fingerprint: str, dtype: str, params: SamplingParams) -> DeviceProfile | None:
     """The same, without the model: None when it has not been measured yet."""
+    if not os.path.isdir(_folder()):
+        return None  # without looking for the kernels, which may have to be compiled
     return _read(_path(fingerprint, dtype, params))
+
+
+def _folder() -> Path:
+    return user_cache_folder() / "profiles"
 
 
 def _path(fingerprint: str, dtype: str, params: SamplingParams) -> Path:
@@ -54,12 +61,12 @@ def _path(fingerprint: str, dtype: str, params: SamplingParams) -> Path:
         "threads": torch.get_num_threads(),
         "device": [platform.node(), platform.machine(), _cpu_name(), os.cpu_count()],
         "versions": versions(),
-        "kernels": xxhash.xxh3_64_hexdigest(sources()),
+        "kernels": [xxhash.xxh3_64_hexdigest(sources()), native_kernels(torch.bfloat16) is not None],
         "sampling": [params.greedy, params.top_p < 1, params.top_k > 0, params.min_p > 0, params.logprobs],
         "profile": [field.name for field in fields(DeviceProfile)],
     }
     name = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
-    return user_cache_folder() / "profiles" / f"{name}.json"
+    return _folder() / f"{name}.json"
 
 
 def _cpu_name() -> str:
