@@ -55,7 +55,7 @@ def pack_linears(model: Any, kernels: ctypes.CDLL | None) -> int:
     for layer in fused:
         layer.release_originals()  # so that a joined weight is let go as soon as it is packed
     count, files = 0, MappedFiles()
-    for parent in list(model.modules()):
+    for parent in _parents(model):
         for name, child in list(parent.named_children()):
             if not _fits(child) or id(child) in unused or child.weight.data_ptr() in kept:
                 continue
@@ -76,8 +76,11 @@ def pack_linears(model: Any, kernels: ctypes.CDLL | None) -> int:
 
 def unpack_linears(model: Any) -> None:
     """Undoes `pack_linears`."""
+    fused = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
+    for layer in fused:
+        layer.whole = None  # so that a packed weight is let go as soon as it is unpacked
     packed = False
-    for parent in list(model.modules()):
+    for parent in _parents(model):
         for name, child in list(parent.named_children()):
             if isinstance(child, NativeGatedLinear):
                 setattr(parent, name, GatedProjection(child.unpacked(), parent.ops))
@@ -85,11 +88,14 @@ def unpack_linears(model: Any) -> None:
             elif isinstance(child, PackedLinear | NativeLinear):
                 setattr(parent, name, child.unpacked())
                 packed = True
-    for module in list(model.modules()):
-        if isinstance(module, FusedDecoderLayer):
-            module.whole = None
-        if packed and isinstance(module, FusedDecoderLayer):
-            module.restore_originals()
+    if packed:
+        for layer in fused:
+            layer.restore_originals()
+
+
+def _parents(model: Any) -> list[Any]:
+    """All modules that have parts. Those that are replaced are not held by it."""
+    return [module for module in model.modules() if next(module.children(), None) is not None]
 
 
 def _packed(linear: nn.Linear, kernels: ctypes.CDLL | None) -> nn.Module | None:

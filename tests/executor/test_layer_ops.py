@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from batchllm.executor import fused_layer, whole_layer
 from batchllm.executor import model as model_module
 from batchllm.executor.layer_ops import NativeOps, TorchOps, ops_for
 from batchllm.executor.model import ModelRunner, prepare_model
-from batchllm.executor.native_linear import NativeLinear
+from batchllm.executor.native_linear import NativeGatedLinear, NativeLinear
 from batchllm.executor.packed_linear import PackedLinear
 from batchllm.executor.parity import _run_flat, check_parity
 from tests.executor.tiny_models import COMMON, make_model
@@ -168,6 +170,27 @@ def test_packing_drops_the_plain_weights(packed: str) -> None:
     check_parity(ours, packed=True)
     layer = ours.model.model.layers[0].original
     assert layer.self_attn.q_proj.weight.numel() == layer.mlp.up_proj.weight.numel() == 0
+
+
+@needs_kernels
+def test_weights_are_in_memory_once_while_they_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = prepare_model(make_model(LlamaConfig(**COMMON)).to(torch.bfloat16))
+    assert runner.fuse(packed=True)
+    kinds = (NativeLinear, NativeGatedLinear)
+    packed = [weakref.ref(module.packed) for module in runner.model.modules() if isinstance(module, kinds)]
+    left: list[int] = []
+    for kind in kinds:
+        unpacked = kind.unpacked
+
+        def counting(self: Any, unpacked: Any = unpacked) -> nn.Linear:
+            left.append(sum(reference() is not None for reference in packed))
+            return unpacked(self)
+
+        monkeypatch.setattr(kind, "unpacked", counting)
+    runner.unfuse()
+    assert len(left) == len(packed) > 4
+    for done, alive in enumerate(left):
+        assert alive <= len(packed) - done + 2, "those of one module may go together"
 
 
 def test_layers_that_fail_the_check_give_their_packed_weights_back(
