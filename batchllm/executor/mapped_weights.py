@@ -45,14 +45,14 @@ def _forget(address: int, length: int) -> None:
 
 def _file_mappings() -> list[tuple[int, int]]:
     """First and last address of this process's memory that is a file's, in order."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+    try:  # names of files are bytes, and all but line feeds may be in them
+        lines = Path("/proc/self/maps").read_bytes().split(b"\n")
     except OSError:
         return []
     found = []
-    for line in lines:
+    for line in filter(None, lines):
         addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0":
-            first, end = addresses.split("-")
+        if inode != b"0":
+            first, end = addresses.split(b"-")
             found.append((int(first, 16), int(end, 16)))
     return found

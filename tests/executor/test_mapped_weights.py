@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -77,3 +80,11 @@ def test_memory_that_is_no_files_is_not_touched() -> None:
     weight = torch.ones(1 << 20)
     MappedFiles().let_go(weight, weight[5:-5], torch.empty(0), torch.ones(3))
     assert weight.sum() == len(weight)
+
+
+def test_files_may_have_any_name(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/weights \xff\r\x85.bin"
+    Path(os.fsdecode(path)).write_bytes(bytes(mmap.PAGESIZE))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        first = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert MappedFiles()._holds(first, first + mmap.PAGESIZE)
