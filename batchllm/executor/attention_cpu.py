@@ -11,6 +11,8 @@ sums inside products are in float32. On CPUs with bfloat16 products this is abou
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,8 @@ class CpuStepAttention(PoolAttention):
 
     def __init__(self, pool: KvPool, batch: StepBatch):
         super().__init__(pool, batch, KvWriter(pool, batch))
-        # By window, last_only and query heads.
-        self._reads: dict[tuple[int | None, bool, int], StepReads] = {}
+        # By window, last_only, query heads and whether reads are kept apart.
+        self._reads: dict[tuple[int | None, bool, int, bool], StepReads] = {}
         self._scratch = torch.empty(0)
 
     def attend(
@@ -62,15 +64,21 @@ class CpuStepAttention(PoolAttention):
             softcap,
             None if sinks is None else sinks.view(kv_heads, 1, -1).to(query.dtype),
         )
-        for band in reads.bands:
-            job.attend(band, self._buffer(band, heads, query.dtype))
+        self._run(job, reads)
+        if reads.mixed and math.isnan(output.sum()):
+            # A mask hides numbers only: NaN of one sequence would be in others, and long after its end.
+            self._run(job, self._planned(window, last_only, query, apart=True))
         return self._unpacked(output, reads)
 
-    def _planned(self, window: int | None, last_only: bool, query: Tensor) -> StepReads:
-        key = (window, last_only, len(query))
+    def _planned(self, window: int | None, last_only: bool, query: Tensor, apart: bool = False) -> StepReads:
+        key = (window, last_only, len(query), apart)
         if key not in self._reads:
-            self._reads[key] = plan_reads(*self._work(last_only), window, query.dtype, len(query))
+            self._reads[key] = plan_reads(*self._work(last_only), window, query.dtype, len(query), apart)
         return self._reads[key]
+
+    def _run(self, job: _LayerJob, reads: StepReads) -> None:
+        for band in reads.bands:
+            job.attend(band, self._buffer(band, job.kv_heads * job.group, job.query.dtype))
 
     def _buffer(self, band: Band, heads: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer for a band's scores, kept from band to band: fresh memory is slow."""

@@ -15,11 +15,14 @@ _FEW = 8  # fewer neighbours than this are gathered with others instead of being
 _GATHERED = 256  # and only stretches up to this length: a copy costs as much as the read
 
 
-def own_runs(singles: Sequence[Piece], window: int | None, dtype: torch.dtype) -> Iterator[Run]:
-    """Decode tokens whose stretches lie at equal distances are one view of the pool; the others are gathered."""
+def own_runs(singles: Sequence[Piece], window: int | None, dtype: torch.dtype, apart: bool) -> Iterator[Run]:
+    """Decode tokens whose stretches lie at equal distances are one view of the pool, what lies behind shorter stretches
+    included; the others, or with `apart` all, are gathered."""
     loose: list[Piece] = []
     for group in _equally_spaced(singles):
-        if len(group) >= _FEW or group[0].size.own > _GATHERED:
+        if apart:
+            loose += group
+        elif len(group) >= _FEW or group[0].size.own > _GATHERED:
             yield from _loose_runs(loose, window, dtype)
             loose = []
             yield from _strided_runs(group, window, dtype)

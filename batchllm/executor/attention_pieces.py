@@ -51,8 +51,9 @@ class Piece:
         return self.first + self.size.rows
 
 
-def cut_into_pieces(chunks: Sequence[Chunk], window: int | None) -> Iterator[Piece]:
-    """Pieces of chunks in tree order, for layers with a sliding window of `window` tokens (None: unlimited)."""
+def cut_into_pieces(chunks: Sequence[Chunk], window: int | None, apart: bool = False) -> Iterator[Piece]:
+    """Pieces of chunks in tree order, for layers with a sliding window of `window` tokens (None: unlimited); with
+    `apart` of one chunk each."""
     first = 0
     gathered: list[Member] = []
 
@@ -67,7 +68,7 @@ def cut_into_pieces(chunks: Sequence[Chunk], window: int | None) -> Iterator[Pie
 
     for chunk in chunks:
         whole = Member(chunk, chunk.position, chunk.count)
-        is_short = chunk.count > 1 and chunk.held_before + chunk.count <= _SHORT
+        is_short = not apart and chunk.count > 1 and chunk.held_before + chunk.count <= _SHORT
         if gathered and (not is_short or sum(m.count for m in gathered) + chunk.count > _TILE_ROWS):
             yield piece(gathered)
             gathered = []

@@ -24,25 +24,28 @@ def plan_reads(
     window: int | None,
     dtype: torch.dtype,
     query_heads: int,
+    apart: bool = False,
 ) -> StepReads:
     """Reads of a step's chunks for layers with a sliding window of `window` tokens (None: unlimited).
 
-    A token at position p sees positions p - window + 1 .. p. Masks are additive, in `dtype`.
+    A token at position p sees positions p - window + 1 .. p. Masks are additive, in `dtype`: what they hide must be a
+    number all the same. `apart`: nothing is hidden but what belongs to the sequence.
     """
     if not chunks:
         return StepReads(None, [])
     ordered = tree_order(chunks, shared_reads)
     flat = np.concatenate([np.arange(chunk.first, chunk.first + chunk.count) for chunk in ordered])
     is_sorted = bool((np.diff(flat) == 1).all()) and flat[0] == 0
-    pieces = [*cut_into_pieces(ordered, window)]
+    pieces = [*cut_into_pieces(ordered, window, apart)]
     bands = [
-        _band(pieces[first:last], window, dtype)
+        _band(pieces[first:last], window, dtype, apart)
         for first, last in cut_into_bands([piece.size for piece in pieces], query_heads)
     ]
     row_of = first_rows(ordered)
     for read in sorted(shared_reads, key=lambda read: read.start):
         _add_node_read(bands, read, row_of, window, dtype)
-    return StepReads(None if is_sorted else torch.from_numpy(flat), [band.band for band in bands])
+    mixed = any(_is_mixed(band.band) for band in bands)
+    return StepReads(None if is_sorted else torch.from_numpy(flat), [band.band for band in bands], mixed)
 
 
 # ---- bands
@@ -58,10 +61,10 @@ class _PlannedBand:
     positions: NDArray[np.int64]  # [rows]
 
 
-def _band(pieces: Sequence[Piece], window: int | None, dtype: torch.dtype) -> _PlannedBand:
+def _band(pieces: Sequence[Piece], window: int | None, dtype: torch.dtype, apart: bool) -> _PlannedBand:
     first, last = pieces[0].first, pieces[-1].last
     single = [piece for piece in pieces if piece.size.rows == 1]
-    runs = [*own_runs(single, window, dtype)]
+    runs = [*own_runs(single, window, dtype, apart)]
     tiles = [own_tile(piece, window, dtype) for piece in pieces if piece.size.rows > 1]
     own_width = max(read.width for read in (*runs, *tiles))
     members = [member for piece in pieces for member in piece.members]
@@ -82,6 +85,13 @@ def _band(pieces: Sequence[Piece], window: int | None, dtype: torch.dtype) -> _P
         row += member.count
     positions = [np.arange(member.position, member.position + member.count) for member in members]
     return _PlannedBand(band, base, end, np.concatenate(positions))
+
+
+def _is_mixed(band: Band) -> bool:
+    """See StepReads. Gathered runs repeat slots of their own row."""
+    return any(run.slots is None and run.mask is not None for run in band.runs) or any(
+        tile.slots is not None for tile in band.tiles
+    )
 
 
 def _fill(band: Band, first: int, last: int, begin: int, end: int) -> None:

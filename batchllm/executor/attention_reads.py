@@ -89,6 +89,9 @@ class StepReads:
 
     order: Tensor | None
     bands: list[Band]
+    mixed: bool = (
+        False  # some rows are multiplied with slots that are not their sequence's, or that nobody wrote
+    )
 
 
 def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:

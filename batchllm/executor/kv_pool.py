@@ -44,7 +44,7 @@ def bytes_per_token(layers: Sequence[LayerKv], dtype: torch.dtype) -> int:
 class KvPool:
     """`keys[l]` and `values[l]` are `[capacity, heads, row_dim]`; slot `s` holds one token in every layer.
 
-    Every slot is finite at all times (fresh memory is zero), because masked reads still multiply what they mask.
+    Fresh slots are zero. Freed ones keep what they held until they are written again, be it NaN.
     """
 
     def __init__(self, buffers: KvBuffers):

@@ -71,7 +71,6 @@ def make_world(
         start = parent.start + parent.length if parent else 0
         nodes.append(TreeNode(number, start, int(sizes[number]), extent, ancestors))
     inner = {id(above) for node in nodes for above in node.ancestors}
-    builder, readers = StepBuilder(), []
     for node in nodes:
         kind = random.random()
         if id(node) in inner:
@@ -84,6 +83,13 @@ def make_world(
         if any(above.computed < above.length for above in node.ancestors):
             # An ancestor that is still being computed is finished in this very step, before its children.
             node.computed = min(node.computed, 0)
+    return step_over(pool, nodes)
+
+
+def step_over(pool: KvPool, nodes: list[TreeNode]) -> World:
+    """The step that computes what is left of these nodes."""
+    builder, readers = StepBuilder(), []
+    for node in nodes:
         count = node.length - node.computed
         if not count:
             continue

@@ -15,10 +15,10 @@ from batchllm.executor.attention_cpu import CpuStepAttention
 from batchllm.executor.attention_plan import plan_reads
 from batchllm.executor.attention_reads import Band, NodeRead, OwnRead, StepReads
 from batchllm.executor.forward_context import StepAttention
-from batchllm.executor.kv_buffers import LayerKv
+from batchllm.executor.kv_buffers import KvBuffers, LayerKv
 from batchllm.executor.kv_pool import KvPool
 from batchllm.executor.step import StepBatch
-from tests.executor.step_worlds import World, dense_attention, make_world
+from tests.executor.step_worlds import TreeNode, World, dense_attention, make_world, step_over
 
 MakeAttention = Callable[[KvPool, StepBatch], StepAttention]
 
@@ -171,3 +171,55 @@ def test_bands_stay_small_enough_for_a_cache() -> None:
     assert [first for first, _ in bands[1:]] == [last for _, last in bands[:-1]]
     assert all((last - first) * 16 * 1064 * 16 <= BAND_SCORES for first, last in bands)
     assert len(bands) < 100
+
+
+def run_beside_nan(world: World, broken: set[int], make: MakeAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, 2, 8] of attention and of the oracle, over random keys and values: NaN for the broken nodes' tokens, and in
+    slots that nobody wrote."""
+    pool, dtype = world.pool, world.pool.dtype
+    generator = torch.Generator().manual_seed(0)
+    written = torch.zeros(pool.capacity, dtype=torch.bool)
+    for node in world.nodes:
+        written[node.extent.offset : node.extent.offset + node.computed] = True
+    for buffer in (pool.keys[0], pool.values[0]):
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+        buffer[~written] = torch.nan
+    query, key, value = (
+        torch.randn(2, len(world.readers), 8, generator=generator).to(dtype) for _ in range(3)
+    )
+    for token, (node, _) in enumerate(world.readers):
+        if node.number in broken:
+            key[:, token] = value[:, token] = torch.nan
+    ours = make(pool, world.batch).attend(
+        0, query, key, value, scale=0.4, window=None, softcap=None, sinks=None
+    )
+    return ours, dense_attention(world, query, None, 0.4, None, None, 8)
+
+
+def neighbours(lengths: list[int], capacity: int, computed: list[int], dtype: torch.dtype) -> World:
+    """Sequences of their own in extents of equal size, side by side."""
+    pool = KvPool(KvBuffers.empty((LayerKv(2, 8, 8),), capacity * len(lengths), dtype))
+    nodes = []
+    for number, (length, done) in enumerate(zip(lengths, computed)):
+        extent = pool.allocate(capacity)
+        assert extent is not None
+        nodes.append(TreeNode(number, 0, length, extent, computed=done))
+    return step_over(pool, nodes)
+
+
+def assert_nothing_spreads(make: MakeAttention, dtype: torch.dtype) -> None:
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    decoding = neighbours([*range(1, 9)], 8, [*range(8)], dtype)
+    ours, expected = run_beside_nan(decoding, set(), make)
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=tolerance)
+    prompts = neighbours([5, 4, 6], 6, [0, 0, 0], dtype)
+    ours, expected = run_beside_nan(prompts, {1}, make)
+    healthy = torch.tensor([node.number != 1 for node, _ in prompts.readers])
+    torch.testing.assert_close(ours[healthy].double(), expected[healthy], rtol=0, atol=tolerance)
+    assert ours[~healthy].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_no_number_stays_with_its_sequence(dtype: torch.dtype) -> None:
+    """Neither neighbours nor those who come into its memory later get any of it."""
+    assert_nothing_spreads(CpuStepAttention, dtype)

@@ -21,7 +21,7 @@ from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.kv_pool import Extent, KvPool
 from batchllm.executor.step import Chunk, SharedRead, StepBatch
 from tests.executor.step_worlds import World, make_world
-from tests.executor.test_attention import FEATURES, largest_error
+from tests.executor.test_attention import FEATURES, assert_nothing_spreads, largest_error
 from tests.native import needs_kernels
 
 
@@ -57,6 +57,11 @@ def test_is_as_exact_as_bfloat16(feature: str, queries: int, monkeypatch: pytest
 def test_stretches_of_many_blocks_and_all_head_dims(dim: int, feature: str) -> None:
     """Stretches up to 600 tokens: several blocks of keys, the last one not full."""
     assert largest_error(dim, feature, torch.bfloat16, native, dim, longest=600) < 0.02
+
+
+@needs_kernels
+def test_what_is_no_number_stays_with_its_sequence() -> None:
+    assert_nothing_spreads(native, torch.bfloat16)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 16, 1000])
