@@ -118,7 +118,7 @@ def _names(hardware: Sequence[str]) -> list[str]:
 def _memory(job: JobSpec, profile: DeviceProfile, shape: ModelShape, dtype: str) -> SimulationOptions:
     """What the device leaves for KV, and the steps it takes."""
     size = BYTES_PER_VALUE[dtype]
-    budget = _kv_bytes(job, profile, shape.weight_bytes(size))
+    budget = _kv_bytes(job, profile, _weight_bytes(job, shape, dtype))
     step = step_tokens(job.engine.max_step_tokens, gpu=profile.memory_bytes is not None)
     return SimulationOptions(budget // shape.kv_bytes_per_token(size), step)
 
@@ -134,7 +134,7 @@ def _device(
     dtype: str,
 ) -> DeviceReport:
     size = BYTES_PER_VALUE[dtype]
-    weights, options = shape.weight_bytes(size), _memory(job, profile, shape, dtype)
+    weights, options = _weight_bytes(job, shape, dtype), _memory(job, profile, shape, dtype)
     budget = options.kv_tokens * shape.kv_bytes_per_token(size)
     report = DeviceReport(profile.name, workers, 0.0, 0, 0, weights, budget, 0, 0, profile.calibrated)
     if options.kv_tokens < 1:
@@ -153,6 +153,13 @@ def _device(
         kv_peak_bytes=found.kv_peak_bytes,
         failed_sequences=failed,
     )
+
+
+def _weight_bytes(job: JobSpec, shape: ModelShape, dtype: str) -> int:
+    """As they lie in memory. `model.quantize` makes a byte of each weight of the layers, but for routed experts."""
+    size = BYTES_PER_VALUE[dtype]
+    linear = sum(layer.attention_parameters + layer.dense_parameters for layer in shape.layers)
+    return shape.weight_bytes(size) - (int((size - 1) * linear) if job.model.quantize else 0)
 
 
 def _kv_bytes(job: JobSpec, profile: DeviceProfile, weight_bytes: int) -> int:

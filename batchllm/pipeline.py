@@ -143,7 +143,8 @@ def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None, Placement]:
         check_quantization(job.model.quantize)
     config, limit = load_config(job.model.path, job.model.trust_remote_code)
     size = weight_bytes(config, job.model.dtype)
-    return config, limit, choose_device(job.engine.device, size, this_machine())
+    placement = choose_device(job.engine.device, size, this_machine(), job.model.quantize)
+    return config, limit, placement
 
 
 def _answer_and_finish(run: Execution) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import batchllm
 from batchllm.errors import JobError, ModelError
-from batchllm.executor import quantize
+from batchllm.executor import device, quantize
 from batchllm.executor.model_folder import fingerprint
 from batchllm.executor.quantize import QUANTIZATIONS
 from batchllm.job import load_job
@@ -81,3 +82,29 @@ def _answer(model: torch.nn.Module, prompt: str) -> str:
     with torch.inference_mode():
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_gpu_is_refused_or_left_alone(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    gpu = device.Gpu("a GPU", True, 80 << 30, torch.device("cpu"))
+    monkeypatch.setattr(device, "this_machine", lambda: device.Machine(gpu))
+    arguments = ("run", job, "--set", "model.quantize=int8_weight_only", "--set")
+    assert exit_code_of(*arguments, "engine.device=cuda") == 2
+    assert "model.quantize works on a CPU only; leave model.quantize out or set it" in capsys.readouterr().err
+    assert not (job.parent / "out").exists()
+    assert exit_code_of(*arguments, "engine.device=auto") == 0
+    assert "runs on the CPU, for model.quantize works on a CPU only" in capsys.readouterr().err
+
+
+def test_a_plan_counts_a_byte_for_each_weight_of_a_layer(
+    job: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = []
+    for arguments in ((), ("--set", "model.quantize=int8_dynamic")):
+        assert exit_code_of("plan", job, "--json", *arguments) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["devices"][0]["weight_bytes"])
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert sizes[0] - sizes[1] == 3 * sum(linear.weight.numel() for linear in linears)

@@ -71,14 +71,14 @@ def this_machine() -> Machine:
     return Machine(gpu, has_triton=has_triton)
 
 
-def choose_device(wanted: str, weight_bytes: int, machine: Machine) -> Placement:
-    """wanted: `cpu`, `cuda` or `auto`; weight_bytes: of the model as it will be loaded.
+def choose_device(wanted: str, weight_bytes: int, machine: Machine, quantize: str | None = None) -> Placement:
+    """wanted: `cpu`, `cuda` or `auto`; weight_bytes: of the model as it will be loaded; quantize: what becomes of them.
 
     Raises JobError when `cuda` cannot be had.
     """
     if wanted == "cpu":
         return Placement()
-    obstacle = _obstacle(weight_bytes, machine)
+    obstacle = _obstacle(weight_bytes, machine, quantize)
     if obstacle is None:
         return Placement(machine.gpu)
     reason, remedy = obstacle
@@ -87,11 +87,13 @@ def choose_device(wanted: str, weight_bytes: int, machine: Machine) -> Placement
     return Placement(note=f"engine.device: auto runs on the CPU, for {reason}")
 
 
-def _obstacle(weight_bytes: int, machine: Machine) -> tuple[str, str] | None:
+def _obstacle(weight_bytes: int, machine: Machine, quantize: str | None) -> tuple[str, str] | None:
     """(why the GPU cannot be used, what to do), or None."""
     gpu = machine.gpu
     if gpu is None:
         return machine.missing, "install a build of torch for your GPU and its driver"
+    if quantize:
+        return "model.quantize works on a CPU only", "leave model.quantize out"
     if not machine.has_triton:
         return "the package triton is not installed", "run pip install triton"
     if not gpu.has_bfloat16:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchllm.errors import ModelError
 from batchllm.executor.device import Placement
 from batchllm.executor.model import ModelRunner, load_model
 from batchllm.executor.parity import check_parity
@@ -16,6 +17,10 @@ def load_ready_model(
     quantize: str | None = None,
 ) -> ModelRunner:
     """Loaded, checked, with its fast layers in place, and its weights quantised or packed. Raises ModelError."""
+    if quantize and placement is not None and placement.gpu is not None:
+        raise ModelError(
+            "model.quantize works on a CPU only: set engine.device: cpu or leave model.quantize out."
+        )
     model = load_model(path, dtype, trust_remote_code, placement)
     check_parity(model, packed=not quantize)
     if quantize:

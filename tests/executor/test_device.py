@@ -12,6 +12,7 @@ from batchllm.executor.budget import kv_token_budget
 from batchllm.executor.device import Gpu, Machine, Placement, choose_device, this_machine
 from batchllm.executor.device_memory import activation_bytes, largest_pool
 from batchllm.executor.model import prepare_model
+from batchllm.executor.ready_model import load_ready_model
 from tests.executor.tiny_models import configurations, make_model
 
 CPU = torch.device("cpu")
@@ -42,6 +43,17 @@ def test_a_gpu_that_works_is_taken() -> None:
     for wanted in ("auto", "cuda"):
         assert choose_device(wanted, WEIGHTS, Machine(GPU)) == Placement(GPU)
     assert choose_device("cpu", WEIGHTS, Machine(GPU)).gpu is None
+
+
+def test_what_is_quantised_runs_on_the_cpu() -> None:
+    with pytest.raises(JobError, match=r"works on a CPU only; leave model.quantize out or set it to cpu"):
+        choose_device("cuda", WEIGHTS, Machine(GPU), "int8_dynamic")
+    placement = choose_device("auto", WEIGHTS, Machine(GPU), "int8_dynamic")
+    assert placement == Placement(
+        note="engine.device: auto runs on the CPU, for model.quantize works on a CPU only"
+    )
+    with pytest.raises(ModelError, match=r"works on a CPU only: set engine.device: cpu or leave"):
+        load_ready_model("no such folder", placement=Placement(GPU), quantize="int8_dynamic")
 
 
 def test_this_machine_says_what_is_missing() -> None:
