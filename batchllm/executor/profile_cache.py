@@ -31,20 +31,26 @@ def calibrated_profile(
 
     Nothing that goes wrong with the cache matters: then the device is measured again next time.
     """
-    path = _path(fingerprint, str(model.dtype).removeprefix("torch."), params)
-    profile = _read(path)
+    dtype = str(model.dtype).removeprefix("torch.")
+    profile = stored_profile(fingerprint, dtype, params)
     if profile is not None or not may_measure:
         return profile
     from batchllm.executor.calibrate import calibrate
 
     profile = calibrate(model, params)
-    _write(path, profile)
+    _write(_path(fingerprint, dtype, params), profile)
     return profile
 
 
 def stored_profile(fingerprint: str, dtype: str, params: SamplingParams) -> DeviceProfile | None:
     """The same, without the model: None when it has not been measured yet."""
+    if not os.path.isdir(_folder()):
+        return None  # without looking for the kernels, which may have to be compiled
     return _read(_path(fingerprint, dtype, params))
+
+
+def _folder() -> Path:
+    return user_cache_folder() / "profiles"
 
 
 def _path(fingerprint: str, dtype: str, params: SamplingParams) -> Path:
@@ -60,7 +66,7 @@ def _path(fingerprint: str, dtype: str, params: SamplingParams) -> Path:
         "profile": [field.name for field in fields(DeviceProfile)],
     }
     name = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
-    return user_cache_folder() / "profiles" / f"{name}.json"
+    return _folder() / f"{name}.json"
 
 
 def _cpu_name() -> str:

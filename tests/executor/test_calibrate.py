@@ -93,6 +93,7 @@ def test_large_steps_are_left_out_when_time_is_short(monkeypatch):
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(profile_cache, "native_kernels", lambda _dtype: None)  # nothing is compiled there
     return tmp_path / "cache" / "batchllm" / "profiles"
 
 
@@ -143,6 +144,11 @@ def test_a_cache_that_does_not_work_is_no_fault(cache, measured, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert get() == first
     assert len(measured) == 7
+
+
+def test_nothing_is_compiled_to_find_that_nothing_is_kept(cache, monkeypatch):
+    monkeypatch.delattr(profile_cache, "native_kernels")
+    assert profile_cache.stored_profile("a", "float32", GREEDY) is None
 
 
 def test_measured_anew_with_or_without_the_kernels(cache, measured, monkeypatch):
