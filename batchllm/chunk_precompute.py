@@ -26,15 +26,11 @@ from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
-from batchllm.execution import load_checked_model
-from batchllm.executor.device import Placement, choose_device, this_machine
 from batchllm.executor.gate import LengthLimit
 from batchllm.executor.generation_config import load_generation_config
 from batchllm.executor.model import ModelRunner
-from batchllm.executor.model_config import load_config, weight_bytes
-from batchllm.executor.model_folder import check_model_folder
-from batchllm.executor.quantize import check_quantization
 from batchllm.job import JobSpec
+from batchllm.job_model import check_model, load_checked_model
 from batchllm.limits import ModelLimits, usable
 from batchllm.report.progress import Progress
 from batchllm.report.sizes import size_text
@@ -75,7 +71,8 @@ def precompute_job(job: JobSpec, *, quiet: bool = False) -> PrecomputeSummary:
     if job.chunks is None:
         raise JobError(f"{job.source}: precompute needs a section chunks with column and store")
     progress = Progress(quiet=quiet)
-    config, limit, placement = _check_model(job)
+    config, limit, placement = check_model(job)
+    refuse_gpu(job, placement)
     if placement.note:
         progress.note(placement.note)
     with TemporaryDirectory() as work:
@@ -95,18 +92,6 @@ def precompute_job(job: JobSpec, *, quiet: bool = False) -> PrecomputeSummary:
                 progress.note(problem)
             summary.store_bytes = store.used_bytes()
     return summary
-
-
-def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None, Placement]:
-    """What a run with these chunks would refuse is refused here too."""
-    check_model_folder(job.model.path, job.model.trust_remote_code)
-    if job.model.quantize:
-        check_quantization(job.model.quantize)
-    config, limit = load_config(job.model.path, job.model.trust_remote_code)
-    size = weight_bytes(config, job.model.dtype)
-    placement = choose_device(job.engine.device, size, this_machine())
-    refuse_gpu(job, placement)
-    return config, limit, placement
 
 
 def _load_prompts(

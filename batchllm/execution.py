@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,12 @@ from batchllm.core import (
     SequenceResult,
 )
 from batchllm.dataset.answer_cache import AnswerCache
-from batchllm.dataset.claim import Claim
 from batchllm.dataset.results import ResultStore
-from batchllm.dataset.resume import answered_before
 from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import Forecast, forecast_run, plan_for_model, plan_options
 from batchllm.history import PastLengths, own_lengths, teach
 from batchllm.job import JobSpec
+from batchllm.job_model import LoadedModel, load_checked_model
 from batchllm.planner.auto_values import step_tokens
 from batchllm.planner.first_rows import sampled_requests
 from batchllm.planner.length_errors import LengthErrors
@@ -43,13 +42,7 @@ if TYPE_CHECKING:
     from batchllm.chunk_reuse import ChunkReuse
     from batchllm.executor.device import Placement
     from batchllm.executor.engine import Engine, EngineOptions, EngineStats
-    from batchllm.executor.model import ModelRunner
     from batchllm.reuse_quality import ReuseSample, SampleRunner
-
-
-class LoadedModel(NamedTuple):
-    model: ModelRunner
-    kv_tokens: int  # that its KV memory holds
 
 
 @dataclass
@@ -189,37 +182,6 @@ def _first(draft: PlanDraft, sample_rows: int | None) -> NDArray[np.bool_] | Non
     sampled = sampled_requests(draft, sample_rows)
     missing = sampled[draft.sequences.request]
     return sampled if missing.any() and not missing.all() else None
-
-
-def load_before_opening(
-    job: JobSpec,
-    prompts: PromptTable,
-    requests: RequestTable,
-    claim: Claim,
-    watch: Stopwatch,
-    placement: Placement,
-) -> LoadedModel | None:
-    """The model, if there are prompts to answer. None where every answer is in the folder already.
-
-    When it turns out not to run, the folder must be as it was: nothing left in a new one, no answers set aside or
-    removed in another. So it is loaded before the folder is opened.
-    """
-    faulty = np.isin(requests.row, np.fromiter(prompts.faults, dtype=np.int64, count=len(prompts.faults)))
-    answered = faulty if claim.replaces else faulty | answered_before(claim.folder, requests)
-    return None if answered.all() else load_checked_model(job, watch, placement)
-
-
-def load_checked_model(job: JobSpec, watch: Stopwatch, placement: Placement) -> LoadedModel:
-    """The model, checked, and the tokens that its KV memory holds."""
-    from batchllm.executor.budget import kv_token_budget
-    from batchllm.executor.ready_model import load_ready_model
-
-    chosen = job.model
-    with watch.time("load"):
-        model = load_ready_model(
-            chosen.path, chosen.dtype, chosen.trust_remote_code, placement, chosen.quantize
-        )
-    return LoadedModel(model, kv_token_budget(model, job.engine.kv_memory, job.engine.max_step_tokens))
 
 
 def _carry_out(run: Execution, draft: PlanDraft, lengths: LengthEstimator, file: str) -> None:

@@ -19,12 +19,13 @@ from batchllm.dataset.load import load_rows, validate_columns
 from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
-from batchllm.execution import Execution, answer_all, load_before_opening
+from batchllm.execution import Execution, answer_all
 from batchllm.executor.generation_config import generation_notes, load_generation_config
-from batchllm.executor.model_folder import check_model_folder, fingerprint
+from batchllm.executor.model_folder import fingerprint
 from batchllm.forecast import combined_figures
 from batchllm.history import past_lengths
 from batchllm.job import JobSpec
+from batchllm.job_model import check_model, load_before_opening
 from batchllm.limits import ModelLimits, usable
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress
@@ -33,9 +34,6 @@ from batchllm.report.summary import summary_text
 
 if TYPE_CHECKING:
     import polars as pl
-
-    from batchllm.executor.device import Placement
-    from batchllm.executor.gate import LengthLimit
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
     Ctrl-C keeps every answer found so far; the same call then goes on from there.
     """
     progress, watch = Progress(quiet=quiet), Stopwatch()
-    config, limit, placement = _check_model(job)
+    config, limit, placement = check_model(job)
     resume_collection()  # everything large has been imported
     if placement.note:
         progress.note(placement.note)
@@ -124,21 +122,6 @@ def run_job(job: JobSpec, *, overwrite: bool = False, quiet: bool = False) -> Ru
             run.cache = _answer_cache(job, prompts, requests, configuration, progress)
             interrupted = _answer_and_finish(run)
             return _summary(run, rows.reordering_saves, interrupted)
-
-
-def _check_model(job: JobSpec) -> tuple[Any, LengthLimit | None, Placement]:
-    from batchllm.executor.device import choose_device, this_machine
-    from batchllm.executor.model_config import load_config, weight_bytes
-
-    check_model_folder(job.model.path, job.model.trust_remote_code)
-    if job.model.quantize:
-        from batchllm.executor.quantize import check_quantization
-
-        check_quantization(job.model.quantize)
-    config, limit = load_config(job.model.path, job.model.trust_remote_code)
-    size = weight_bytes(config, job.model.dtype)
-    placement = choose_device(job.engine.device, size, this_machine(), job.model.quantize)
-    return config, limit, placement
 
 
 def _answer_and_finish(run: Execution) -> bool:

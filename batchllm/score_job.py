@@ -16,11 +16,11 @@ from batchllm.dataset.reader import open_input
 from batchllm.dataset.results import ResultStore, claim_output
 from batchllm.dataset.tokenizer import load_tokenizer
 from batchllm.errors import JobError
-from batchllm.execution import load_before_opening, load_checked_model
 from batchllm.executor.gate import LengthLimit, beyond
 from batchllm.executor.model_folder import fingerprint
 from batchllm.executor.native import missing_kernels_note, why_no_kernels
 from batchllm.job import JobSpec
+from batchllm.job_model import load_before_opening, load_checked_model
 from batchllm.report.metrics import RunMetrics, write_metrics
 from batchllm.report.progress import Progress
 from batchllm.report.stopwatch import Stopwatch, rss_peak_bytes

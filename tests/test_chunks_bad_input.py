@@ -217,7 +217,6 @@ def test_a_device_that_cannot_have_chunks_is_refused_by_both_commands(
 ):
     job = copied(prepared, tmp_path / "job")
     monkeypatch.setattr("batchllm.executor.device.this_machine", lambda: machine)
-    monkeypatch.setattr("batchllm.chunk_precompute.this_machine", lambda: machine)
     for command in ("precompute", "run"):
         assert exit_code_of(command, job, "--set", f"engine.device={device}") == 2
         assert sentence in capfd.readouterr().err

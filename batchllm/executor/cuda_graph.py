@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -13,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from batchllm.collection import no_collection
 from batchllm.executor.device_memory import is_out_of_memory
 
 _WAITS = "synchronizing"  # in the warning that torch gives for an operation that waits for the device
@@ -78,7 +78,7 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()  # torch refuses a pool whose last graph is gone
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
+            with no_collection(), torch.cuda.graph(graph, pool=self._pool):
                 step()
         except RuntimeError as error:
             _unwind(graph, self._pool)
@@ -107,18 +107,6 @@ class NoRecorder:
 
 def recorder_for(device: torch.device) -> Recorder:
     return CudaRecorder() if device.type == "cuda" else NoRecorder()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Tensors and graphs that a collection frees in the middle of a recording would spoil it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _unwind(graph: Any, pool: Any) -> None:
