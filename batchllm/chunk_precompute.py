@@ -29,6 +29,7 @@ from batchllm.errors import JobError
 from batchllm.executor.gate import LengthLimit
 from batchllm.executor.generation_config import load_generation_config
 from batchllm.executor.model import ModelRunner
+from batchllm.executor.native import missing_kernels_note
 from batchllm.job import JobSpec
 from batchllm.job_model import check_model, load_checked_model
 from batchllm.limits import ModelLimits, usable
@@ -78,6 +79,9 @@ def precompute_job(job: JobSpec, *, quiet: bool = False) -> PrecomputeSummary:
     with TemporaryDirectory() as work:
         prompts, chunks = _load_prompts(job, config, limit, Path(work), progress)
         model = load_checked_model(job, Stopwatch(), placement).model
+        slow = missing_kernels_note(model)
+        if slow:
+            progress.note(slow)
         most = job.chunks.store_limit
         with ChunkStore(
             job.chunks.store,

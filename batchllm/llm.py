@@ -26,6 +26,7 @@ from batchllm.executor.device import Placement, choose_device, this_machine
 from batchllm.executor.generation_config import generation_notes
 from batchllm.executor.model_config import load_config, weight_bytes
 from batchllm.executor.model_folder import check_model_folder
+from batchllm.executor.native import missing_kernels_note
 from batchllm.executor.quantize import check_quantization
 from batchllm.executor.ready_model import load_ready_model
 from batchllm.executor.stopping import StopRules, end_of_sequence_ids
@@ -108,8 +109,10 @@ class LLM:
         plan = PlanOptions(shared, max_length=self._length)
         self._run_options = RunOptions(engine.kv_memory, engine.max_step_tokens, plan)
         said = self._model.model.generation_config
-        for note in generation_notes(said, given=OF_MODEL, section="SamplingParams"):
-            warnings.warn(note, stacklevel=2)
+        notes = generation_notes(said, given=OF_MODEL, section="SamplingParams")
+        for note in (missing_kernels_note(self._model), *notes):
+            if note:
+                warnings.warn(note, stacklevel=2)
         limits = ModelLimits.of(self._model.config, self._model.limit, said, self._tokenizer)
         self._limits = replace(limits, max_length=self._length)
         end_ids = end_of_sequence_ids(said, self._tokenizer)
@@ -337,4 +340,5 @@ def _checked_files(
     path, trust = str(tokenizer or chosen.path), chosen.trust_remote_code
     loaded = None if skip_tokenizer else load_tokenizer(path, trust)
     config, _ = load_config(chosen.path, trust)
-    return loaded, choose_device(engine.device, weight_bytes(config, chosen.dtype), this_machine())
+    size = weight_bytes(config, chosen.dtype)
+    return loaded, choose_device(engine.device, size, this_machine(), chosen.quantize)

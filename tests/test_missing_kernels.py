@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from batchllm import LLM
 from batchllm.executor import native
 from batchllm.executor.device import Gpu, Placement
 from batchllm.executor.model import ModelRunner, prepare_model
 from tests.executor.tiny_models import configurations, make_model
 from tests.jobs import exit_code_of, make_job, questions, read_metrics
+from tests.test_chunks_run import rag_job, rag_rows
 from tests.test_score_job import score_job
 
 REASON = "gcc could not compile them: few.h:54: error: a constant is needed"
@@ -41,6 +43,16 @@ def test_a_run_says_why_it_is_slow(
     assert (NOTE in capsys.readouterr().err) == (dtype == "bfloat16")
     reason = read_metrics(tmp_path / "out")["without_kernels"]
     assert reason == (REASON if dtype == "bfloat16" else "they are for bfloat16, and the model is in float32")
+
+
+def test_an_llm_and_precompute_say_so_too(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="kernels in C are missing"):
+        LLM(str(model_folder), device="cpu", dtype="bfloat16", kv_memory="1MiB")
+    job = rag_job(tmp_path, model_folder, rag_rows([[0, 1]]))
+    assert exit_code_of("precompute", job, "--set", "model.dtype=bfloat16") == 0
+    assert NOTE in capsys.readouterr().err
 
 
 def test_only_what_can_be_mended_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
