@@ -118,12 +118,13 @@ def test_killed_at_any_moment_every_row_is_answered_once(model_folder: Path, tmp
 
 
 def test_overwrite_leaves_no_plan_of_a_sample(model_folder: Path, tmp_path: Path) -> None:
-    job = make_job(tmp_path, model_folder, questions(20), generate=GENERATE)
-    run(job, *SAMPLE)
-    left = tmp_path / "out" / "_run" / "plan-sample.parquet"
-    assert left.exists()
-    run(job, "--overwrite")
-    assert not left.exists()
+    run(make_job(tmp_path, model_folder, questions(20), generate=GENERATE), *SAMPLE)
+    out = tmp_path / "out"
+    assert (out / "_run" / "plan-sample.parquet").exists()
+    other = make_job(tmp_path / "other", model_folder, questions(5), generate=GENERATE)
+    assert exit_code_of("run", other, "--quiet", "--set", f"output.path={out}", "--overwrite") == 0
+    assert len(read_output(out)) == 5
+    assert not (out / "_run" / "plan-sample.parquet").exists()
 
 
 def test_a_sample_of_all_rows_is_no_sample(model_folder: Path, tmp_path: Path) -> None:

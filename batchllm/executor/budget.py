@@ -10,6 +10,7 @@ from batchllm.executor.device_memory import activation_bytes, free_bytes, kv_byt
 from batchllm.executor.engine import EngineOptions
 from batchllm.executor.model import ModelRunner
 from batchllm.planner.auto_values import cpu_kv_bytes, step_tokens
+from batchllm.planner.output_limits import output_limits
 
 _LEAF_SLACK = 32  # slots a sequence may hold beyond its tokens, from rounding
 _PAGE = 64  # slots, at most, that a node's last page leaves empty on a GPU
@@ -72,9 +73,8 @@ def engine_options(
     max_length: int | None = None,
 ) -> EngineOptions:
     """The pool is never larger than the whole job could fill. `max_length`: of a sequence, prompt and output."""
-    outputs = np.array([params.max_tokens for params in prompts.params], dtype=np.int64)[plan.sequence_params]
-    if max_length is not None:
-        outputs = np.clip(max_length - plan.node_end[plan.sequence_node], 1, outputs)
+    prompt_length = plan.node_end[plan.sequence_node]
+    outputs = output_limits(prompts, plan.sequence_params, prompt_length, max_length)
     slack = _LEAF_SLACK + (_PAGE if gpu else 0)
     needed = int((plan.node_end - plan.node_start).sum(dtype=np.int64) + (outputs + slack).sum())
     needed += _PAGE * plan.num_nodes if gpu else 0

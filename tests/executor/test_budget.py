@@ -6,7 +6,7 @@ import numpy as np
 
 from batchllm.core import SamplingParams
 from batchllm.executor.budget import engine_options
-from batchllm.limits import longest_sequence
+from batchllm.planner.output_limits import output_limits
 from batchllm.planner.plan import PlanOptions, build_plan
 from tests.executor.harness import prompt_table, request_table
 
@@ -23,4 +23,6 @@ def test_no_memory_is_for_what_the_model_cannot_read() -> None:
 
 def test_no_sequence_is_longer_than_the_model_reads() -> None:
     prompts = prompt_table([[1] * 10, [2] * 90], SamplingParams(max_tokens=50))
-    assert [longest_sequence(prompts, length) for length in (None, 1000, 100)] == [140, 140, 100]
+    prompt_length = np.diff(prompts.offsets)
+    for max_length, most in ((None, [50, 50]), (1000, [50, 50]), (100, [50, 10]), (90, [50, 1])):
+        assert output_limits(prompts, prompts.params_of, prompt_length, max_length).tolist() == most

@@ -80,7 +80,7 @@ def test_a_window_that_is_ignored_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         attention_cpu,
         "plan_reads",
-        lambda chunks, reads, _, dtype, heads: plan_reads(chunks, reads, None, dtype, heads),
+        lambda chunks, reads, _, *others: plan_reads(chunks, reads, None, *others),
     )
     refuses(runner_of("mistral"))
 
