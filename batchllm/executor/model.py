@@ -31,7 +31,7 @@ from batchllm.executor.greedy_head import GreedyHead
 from batchllm.executor.kv_buffers import LayerKv
 from batchllm.executor.model_config import load_config
 from batchllm.executor.native import native_kernels
-from batchllm.executor.packed_linear import pack_linears, unpack_linears
+from batchllm.executor.packed_linear import pack_linears, pack_projection, unpack_linears
 from batchllm.executor.step import StepBatch
 
 if TYPE_CHECKING:
@@ -181,10 +181,13 @@ class ModelRunner:
             self.fused = self.device_model is not None
         return self.fused
 
-    def pack(self) -> None:
-        """Keeps the weights of linear layers in the form that a CPU multiplies fastest with. `unfuse` undoes it."""
+    def pack(self, projection_only: bool = False) -> None:
+        """Keeps the weights of linear layers in the form that a CPU multiplies fastest with. `unfuse` undoes it.
+
+        `projection_only`: those of the output projection, where the layers have been quantised.
+        """
         if self.placement.gpu is None:
-            pack_linears(self.model, native_kernels(self.dtype))
+            (pack_projection if projection_only else pack_linears)(self.model, native_kernels(self.dtype))
         vars(self).pop("greedy_head", None)
 
     def unfuse(self) -> None:

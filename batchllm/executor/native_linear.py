@@ -16,6 +16,7 @@ from batchllm_kernels.cpu.linear import (
 from torch import Tensor, nn
 
 from batchllm.executor.joined_linear import joined_bias
+from batchllm.executor.native_byte_linear import NativeByteLinear
 
 
 class NativeLinear(nn.Module):
@@ -78,7 +79,7 @@ class NativeGatedLinear(nn.Module):
 
 def add_product(layer: nn.Module, states: Tensor, total: Tensor) -> Tensor:
     """total [n, out] += layer(states [n, in]), in place, in one pass where the layer has one; returns it."""
-    if isinstance(layer, NativeLinear):
+    if isinstance(layer, NativeLinear | NativeByteLinear):
         return layer.add_to(total, states)
     return total.add_(layer(states))
 

@@ -74,8 +74,20 @@ def pack_linears(model: Any, kernels: ctypes.CDLL | None) -> int:
     return count
 
 
+def pack_projection(model: Any, kernels: ctypes.CDLL | None) -> None:
+    """`pack_linears` for the output projection alone, of a model whose layers are in another form."""
+    projection, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not _fits(projection) or projection.weight.data_ptr() == embedding.weight.data_ptr():
+        return
+    files = MappedFiles()
+    packed = _packed(projection, kernels)
+    if packed is not None:
+        model.set_output_embeddings(packed)
+        files.let_go(projection.weight)
+
+
 def unpack_linears(model: Any) -> None:
-    """Undoes `pack_linears`."""
+    """Undoes `pack_linears` and `pack_projection`."""
     fused = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
     for layer in fused:
         layer.whole = None  # so that a packed weight is let go as soon as it is unpacked

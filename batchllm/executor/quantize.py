@@ -5,10 +5,15 @@
 
 Embeddings, the output projection, norms and the routers of experts stay as they are. Every scale belongs to one weight
 row or to one token, so what a token gets does not depend on what is batched beside it.
+
+In bfloat16, on CPUs that multiply bytes, int8_dynamic's products are the kernel's (native_byte_linear), twice as fast as
+those in bfloat16; elsewhere they are torch's. The numbers are the same.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 
 from batchllm.errors import ModelError
 from batchllm.executor.mapped_weights import MappedFiles
+from batchllm.executor.native_byte_linear import NativeByteLinear, byte_kernels
 
 if TYPE_CHECKING:
     from batchllm.executor.model import ModelRunner
@@ -53,16 +59,38 @@ def quantize_model(runner: ModelRunner, quantization: str) -> None:
         )
     config = _torchao_config(quantization)
     files = MappedFiles()
+    fast: dict[nn.Linear, nn.Module] = {}
     for whole, views in _by_memory(list(named.values())):
         weight = whole.weight
         quantize_(whole, config, filter_fn=lambda *_: True)
         for view, rows in views.items():
             view.weight = nn.Parameter(whole.weight[rows], requires_grad=False)
         files.let_go(weight)
-    if quantization == "int8_dynamic":
-        for name, linear in named.items():
+        if quantization == "int8_dynamic":
+            fast |= _dynamic(whole, views, byte_kernels(runner.dtype))
+    for name, linear in named.items():
+        if linear in fast:
             parent, _, child = name.rpartition(".")
-            setattr(runner.model.get_submodule(parent), child, Int8DynamicLinear(linear))
+            setattr(runner.model.get_submodule(parent), child, fast[linear])
+
+
+def _dynamic(
+    whole: nn.Linear, views: Mapping[nn.Linear, slice], kernels: ctypes.CDLL | None
+) -> dict[nn.Linear, nn.Module]:
+    """What takes the place of a layer that torchao has quantised for int8_dynamic, and of those in its rows.
+
+    Packed weights take the place of torchao's, which are gone then; the others keep theirs.
+    """
+    if kernels is None:
+        return {linear: Int8DynamicLinear(linear) for linear in (whole, *views)}
+    packed = NativeByteLinear.of(kernels, whole)
+    found: dict[nn.Linear, nn.Module] = {whole: packed}
+    for view, rows in views.items():
+        found[view] = packed.rows(rows, view.bias) or Int8DynamicLinear(view)
+    for linear, module in found.items():
+        if isinstance(module, NativeByteLinear):
+            linear.weight = None  # type: ignore[assignment]
+    return found
 
 
 class Int8DynamicLinear(nn.Module):

@@ -25,4 +25,5 @@ def load_ready_model(
     check_parity(model, packed=not quantize)
     if quantize:
         quantize_model(model, quantize)
+        model.pack(projection_only=True)
     return model

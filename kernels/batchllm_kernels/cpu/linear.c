@@ -4,19 +4,13 @@
  * A panel stays in the second-level cache while all rows pass by, six at a time; a row's sums are the same whatever
  * rows come with it.
  */
-#include <omp.h>
 #include <stddef.h>
 
 #include "gate.h"
 #include "linear.h"
 #include "packing.h"
+#include "pieces.h"
 #include "products.h"
-
-enum {
-    LAST = 2,                   /* panels for each thread that are divided by rows */
-    PIECES = 8,                 /* of such a panel, at most */
-    FEWEST_ROWS = 48            /* of a piece */
-};
 
 static inline __attribute__((always_inline)) void finish(const Product *p, Sums sums, int64_t row, int64_t panel,
                                                          const int rows)
@@ -58,11 +52,6 @@ static inline __attribute__((always_inline)) void some_rows(const Product *p, in
     finish(p, sums, row, panel, rows);
 }
 
-/* Some rows of one panel. */
-typedef struct {
-    int64_t panel, first, last;
-} Piece;
-
 static void do_piece(const Product *p, Piece piece, Ahead *ahead)
 {
     for (int64_t row = piece.first; row < piece.last; row += ROWS) {
@@ -70,30 +59,6 @@ static void do_piece(const Product *p, Piece piece, Ahead *ahead)
         FOR_EACH_COUNT(SOME, least(ROWS, piece.last - row))
 #undef SOME
     }
-}
-
-/* Panels are taken whole, so that each is read once. The last few are divided by rows: threads that are done wait for
- * the others, and no longer than a small piece of work takes. */
-typedef struct {
-    int64_t whole;              /* panels that are taken whole */
-    int64_t parts, size;        /* pieces of each other panel, and their rows */
-    int64_t rows, count;        /* rows in all, pieces in all */
-} Division;
-
-static Division divide(const Product *p)
-{
-    int64_t panels = (p->outputs + PANEL - 1) / PANEL, whole = most(0, panels - LAST * omp_get_max_threads());
-    int64_t parts = most(1, least(PIECES, p->rows / FEWEST_ROWS));
-    int64_t size = (p->rows + parts * ROWS - 1) / (parts * ROWS) * ROWS;
-    return (Division){whole, parts, size, p->rows, whole + (panels - whole) * parts};
-}
-
-static Piece piece_of(const Division *d, int64_t number)
-{
-    if (number < d->whole) return (Piece){number, 0, d->rows};
-    number -= d->whole;
-    int64_t first = number % d->parts * d->size;
-    return (Piece){d->whole + number / d->parts, first, least(first + d->size, d->rows)};
 }
 
 /* The weights of `next`, to be asked for while `now` is worked on. */
@@ -110,7 +75,7 @@ static Ahead weights_ahead(const Product *p, Piece now, Piece next)
 /* Threads take a piece while they still have one to do, so that its weights can come meanwhile. */
 void batchllm_linear(const Product *p)
 {
-    Division division = divide(p);
+    Division division = divide(p->rows, p->outputs);
     int64_t taken = 0;
 #pragma omp parallel
     {
