@@ -6,8 +6,8 @@
 Embeddings, the output projection, norms and the routers of experts stay as they are. Every scale belongs to one weight
 row or to one token, so what a token gets does not depend on what is batched beside it.
 
-In bfloat16, on CPUs that multiply bytes, int8_dynamic's products are the kernel's (native_byte_linear), twice as fast as
-those in bfloat16; elsewhere they are torch's. The numbers are the same.
+In bfloat16, on CPUs that multiply bytes, int8_dynamic's products are the kernel's (native_byte_linear), twice as fast
+as those in bfloat16; elsewhere they are torch's. The numbers are the same.
 """
 
 from __future__ import annotations
