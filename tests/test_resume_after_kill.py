@@ -108,10 +108,16 @@ def test_ctrl_c_keeps_the_answers_and_the_next_run_goes_on(
     assert runs.run(job)[0] == 0
     running = read_metrics(tmp_path / "undisturbed" / "out")["seconds"]["run"]
     job, out = make_job(tmp_path, model_folder, questions(ROWS), **sections), tmp_path / "out"
-    for fraction in (0.5, 0.3, 0.1):  # earlier, should a busy machine have let the run end first
+    for fraction in (
+        0.5,
+        0.3,
+        0.8,
+        0.1,
+        1.5,
+    ):  # on a busy machine a run may end sooner or begin to answer later
         moment = {"when": str(out / "_run" / "manifest.json"), "after": running * fraction}
         code, _ = runs.run(job, moment, sig=sig)
-        if code:
+        if code == 130 and any(out.glob("*.parquet")):
             break
         shutil.rmtree(out)
     assert code == 130
