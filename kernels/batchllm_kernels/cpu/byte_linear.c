@@ -76,28 +76,13 @@ static void finish(const Work *w, const int32_t *sums, int64_t row, int64_t pane
     }
 }
 
-/* Sums go through memory: what follows them here, in one function with the loop, would cost registers of its. Weights
- * are not asked for ahead for the same reason. */
 BYTE_PRODUCTS static inline __attribute__((always_inline)) void some_rows(const Work *w, int64_t row, int64_t panel,
                                                                           const int rows)
 {
-    __m512i sums[ROWS][WIDE];
-    const uint32_t *weight = w->product->weight + panel * w->steps * PANEL;
-    const uint32_t *left = (const uint32_t *)(w->numbers + row * 4 * w->steps);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < WIDE; j++) sums[i][j] = _mm512_setzero_si512();
-    for (int64_t step = 0; step < w->steps; step++) {
-        __m512i column[WIDE];
-        for (int j = 0; j < WIDE; j++) column[j] = _mm512_load_si512(weight + step * PANEL + j * LANES);
-        for (int i = 0; i < rows; i++) {
-            __m512i four = _mm512_set1_epi32((int)left[i * w->steps + step]);
-            for (int j = 0; j < WIDE; j++) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], four, column[j]);
-        }
-    }
-    _Alignas(LINE) int32_t stored[ROWS][PANEL];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < WIDE; j++) _mm512_store_si512(stored[i] + j * LANES, sums[i][j]);
-    for (int i = 0; i < rows; i++) finish(w, stored[i], row + i, panel);
+    _Alignas(LINE) int32_t sums[ROWS][PANEL];
+    multiply_bytes(sums, (const uint32_t *)w->numbers + row * w->steps,
+                   w->product->weight + panel * w->steps * PANEL, w->steps, rows);
+    for (int i = 0; i < rows; i++) finish(w, sums[i], row + i, panel);
 }
 
 BYTE_PRODUCTS static void do_piece(const Work *w, Piece piece)

@@ -18,3 +18,24 @@ static inline float about_one(int64_t count) { return 1 + (float)(count + 64) * 
 
 /* Functions with instructions (vpdpbusd) that not every CPU with BF16 products has to have. */
 #define BYTE_PRODUCTS __attribute__((target("avx512vnni")))
+
+/* sums [rows][64] of left [rows][steps] x right [steps][64]: fours of unsigned numbers on the left, of signed ones on the
+ * right. Sums go through memory: what follows them, in one function with the loop, would cost registers of its. `rows` is
+ * a constant where this is inlined. */
+BYTE_PRODUCTS static inline __attribute__((always_inline)) void multiply_bytes(
+    int32_t (*sums)[PANEL], const uint32_t *left, const uint32_t *right, int64_t steps, const int rows)
+{
+    __m512i held[ROWS][WIDE];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < WIDE; j++) held[i][j] = _mm512_setzero_si512();
+    for (int64_t step = 0; step < steps; step++) {
+        __m512i column[WIDE];
+        for (int j = 0; j < WIDE; j++) column[j] = _mm512_load_si512(right + step * PANEL + j * LANES);
+        for (int i = 0; i < rows; i++) {
+            __m512i four = _mm512_set1_epi32((int)left[i * steps + step]);
+            for (int j = 0; j < WIDE; j++) held[i][j] = _mm512_dpbusd_epi32(held[i][j], four, column[j]);
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < WIDE; j++) _mm512_store_si512(sums[i] + j * LANES, held[i][j]);
+}
